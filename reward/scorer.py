@@ -1,0 +1,56 @@
+"""The seam between whoever needs rewards and whatever computes them.
+
+`local.LocalScorer` computes in this process. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from feedback.records import Messages
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward model says of one completion."""
+
+    reward: float
+    """Normalised: mean 0, deviation 1 on the model's reference completions. Raw where it has none."""
+    raw_reward: float
+    """As the head gave it. Comparable only within one reward model."""
+    percentile: float | None
+    """Share of reference completions with a lower reward, 0 to 100; None without references."""
+    truncated: bool
+    """Part of the prompt (or of an over-long completion) was cut to fit the model."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Scorer(Protocol):
+    """Scores completions of a prompt. Safe to call from many tasks at once."""
+
+    @property
+    def name(self) -> str:
+        """What `reward_model` in requests and answers refers to."""
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, checked and able to take work."""
+
+    async def start(self) -> None:
+        """Loads the model. Raises `ModelLoadError`."""
+
+    async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
+        """One score a completion, in order. Each completion is a list of messages, usually one.
+
+        Cancelling the call drops what has not been computed and harms no other caller.
+        Raises `InputError`, `QueueFullError`, `ScoringError`.
+        """
+
+    def reward_at_percentile(self, percentile: float) -> float | None:
+        """The reward that `percentile` % of the reference completions fall under; None without references."""
+
+    async def aclose(self) -> None:
+        """Answers everyone who waits (with `ScoringError`) and frees the model."""
