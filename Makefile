@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 install: $(VENV)/installed ## .venv with winnow, its extras and the embedded model
 
 run: install ## the proxy on 127.0.0.1:8000, one real question through it, then serve until Ctrl-C (ONCE=1: end)
-	$(BIN)/winnow serve --demo $(if $(ONCE),--once)
+	$(BIN)/winnow demo $(if $(ONCE),--once)
 
 test: install ## the whole test suite
 	$(BIN)/pytest
