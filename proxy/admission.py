@@ -1,0 +1,91 @@
+"""Saying no at the door, and noticing when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from starlette.types import Receive
+
+from proxy.errors import BodyTooLargeError, OverloadedError
+from proxy.metrics import ProxyMetrics
+
+RETRY_AFTER_S = 1
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; nobody reads an answer any more."""
+
+
+class Admission:
+    """Counts requests being worked on and refuses one too many, before any work."""
+
+    def __init__(self, max_in_flight: int, metrics: ProxyMetrics) -> None:
+        self._max_in_flight = max_in_flight
+        self._metrics = metrics
+        self._in_flight = 0
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place. Raises `OverloadedError`."""
+        if self._in_flight >= self._max_in_flight:
+            raise OverloadedError(
+                f"The server is working on {self._in_flight} requests, as many as it takes. Try again later",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+            )
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+
+async def read_body(receive: Receive, max_bytes: int) -> bytes:
+    """The whole request body. Raises `BodyTooLargeError`, `ClientGoneError`."""
+    pieces: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > max_bytes:
+            # The rest is not read, so the connection cannot serve another request.
+            raise BodyTooLargeError(f"The body is over {max_bytes} bytes", headers={"connection": "close"})
+        more = message.get("more_body", False)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def client_left(receive: Receive) -> None:
+    """Returns when the client has closed its connection. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_client_waits(departure: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work`, and cancels it as soon as `departure` returns: then raises `ClientGoneError`.
+
+    A plain handler is not cancelled when its client hangs up; this sibling task does it. Whatever `work` raises
+    comes through. Both have ended when this returns, also when it is cancelled itself.
+    """
+    tasks = (asyncio.create_task(work), asyncio.create_task(departure))
+    working, watching = tasks
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return
+        working.cancel()
+        await asyncio.wait((working,))
+        watching.result()
+        raise ClientGoneError
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""The record of one candidate, from the upstream call that brought it to the reward it got."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from feedback.records import Message
+from reward.scorer import Score
+
+Endpoint = Literal["chat", "completions"]
+ENDPOINT_PATHS: Mapping[Endpoint, str] = {"chat": "/chat/completions", "completions": "/completions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One upstream call that ended, well or not. Calls are compared by identity when usage is added up."""
+
+    elapsed_s: float
+    usage: Mapping[str, Any] | None = None
+    """As the upstream billed it; None where it did not say, or the call failed."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailure:
+    """Why a call brought no candidate: `status`, `malformed`, `deadline`, or the reason of an `UpstreamError`."""
+
+    reason: str
+    message: str
+    status: int | None = None
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One completion drawn for a request, or the failure to draw it."""
+
+    index: int
+    """Order of drawing, from 0."""
+    call: Call
+    failure: CallFailure | None = None
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    """The upstream's object around the choice; for a stream, that of its first chunk."""
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """As the upstream sent it; for a stream, folded from its deltas."""
+    chunks: Sequence[bytes] = ()
+    """For a stream: its `data:` payloads as they came, without `[DONE]`."""
+    shares_call: bool = False
+    """Other candidates came with the same call, so that its usage is not this candidate's alone."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        return cast("str | None", self.choice.get("finish_reason"))
+
+    @property
+    def message(self) -> Mapping[str, Any]:
+        """The assistant's message. A legacy completion's text becomes its content."""
+        if "message" in self.choice:
+            message = self.choice["message"]
+            return message if isinstance(message, dict) else {}
+        return {"role": "assistant", "content": self.choice.get("text")}
+
+    @property
+    def content(self) -> str | None:
+        content = self.message.get("content")
+        return content if isinstance(content, str) else None
+
+    def completion(self, without_prefix: str = "") -> Message:
+        """What the reward model sees. `without_prefix` is an echoed prompt to take off a legacy text."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or self.message.get("refusal") or ""}
+        if without_prefix:
+            message["content"] = message["content"].removeprefix(without_prefix)
+        if tool_calls := self.message.get("tool_calls"):
+            message["tool_calls"] = tool_calls
+        return cast("Message", message)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A candidate with what was found out about it."""
+
+    candidate: Candidate
+    invalid_reason: str | None = None
+    """None for a valid candidate."""
+    score: Score | None = None
+    """None where it was not scored: failed, invalid while others were not, or the reward model failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one round of drawing brought."""
+
+    candidates: Sequence[Candidate]
+    calls: Sequence[Call]
+    num_calls: int
+    """Calls started, those cancelled at the deadline included."""

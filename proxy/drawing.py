@@ -1,0 +1,181 @@
+"""Drawing candidates: one upstream call with `n`, or as many calls as candidates, or one after the other.
+
+A candidate's own failure is a value; only cancellation ends a draw early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from proxy.candidates import ENDPOINT_PATHS, Call, CallFailure, Candidate, Draw, Endpoint
+from proxy.metrics import ProxyMetrics
+from proxy.recording import StreamRecorder, chunks_of, is_event_stream, parse_answer, status_failure, usage_of
+from proxy.request import encode
+from proxy.upstreams.base import Upstream, UpstreamCall, UpstreamError, UpstreamResponse
+from proxy.upstreams.capabilities import Capabilities
+
+_REFUSING_STATUS = (400, 422)
+"""What an upstream answers that does not take `n`. All others (keys, limits, faults) say nothing about `n`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is drawn: one prompt's body, without `n`."""
+
+    endpoint: Endpoint
+    model: str | None
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    seed: int | None
+    stream: bool
+
+
+class Drawer:
+    """Draws from one upstream. Shared by all requests; holds nothing of any of them."""
+
+    def __init__(self, upstream: Upstream, capabilities: Capabilities, metrics: ProxyMetrics) -> None:
+        self.upstream = upstream
+        self._capabilities = capabilities
+        self._metrics = metrics
+
+    async def draw(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
+        """`count` candidates with the indices from `first_index` on, in order.
+
+        `deadline` is in the loop's time: calls still running then are cancelled and count as failed.
+        Cancelling the draw cancels all its calls.
+        """
+        key = (self.upstream.name, job.model, job.endpoint)
+        # With a seed each candidate needs its own; recorded streams are drawn one candidate a stream.
+        together = count > 1 and job.seed is None and not job.stream and self._capabilities.worth_asking(key, count)
+        if not together:
+            return await self._parallel(job, count, first_index, deadline)
+        first = await self._with_n(job, count, first_index, deadline)
+        failure = first.candidates[0].failure
+        received = sum(candidate.failure is None for candidate in first.candidates)
+        if failure is None:
+            self._capabilities.learn(key, count, received)
+            if received == count:
+                return first
+            rest = await self._parallel(job, count - received, first_index + received, deadline)
+            return _joined(first, rest)
+        if failure.status not in _REFUSING_STATUS or self._capabilities.proven(key, count):
+            return first
+        # The controlled comparison: the same body, only without `n`.
+        second = await self._parallel(job, count, first_index, deadline)
+        if all(candidate.failure is None for candidate in second.candidates):
+            self._capabilities.learn(key, count, 0)
+        return Draw(second.candidates, [*first.calls, *second.calls], first.num_calls + second.num_calls)
+
+    async def _parallel(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
+        drawn: list[Candidate | None] = [None] * count
+        # Written before anything starts: what cannot be written is the request's fault, not a candidate's.
+        bodies = [_body(job, first_index + position, None) for position in range(count if job.seed is not None else 1)]
+
+        async def draw_one(position: int) -> None:
+            body = bodies[position if job.seed is not None else 0]
+            drawn[position] = (await self._call(job, body, first_index + position, 1))[0]
+
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout_at(deadline), asyncio.TaskGroup() as group:
+                for position in range(count):
+                    group.create_task(draw_one(position))
+        except TimeoutError:
+            late = Call(time.perf_counter() - started)
+            drawn = [one or _late(first_index + position, late) for position, one in enumerate(drawn)]
+        candidates = [one for one in drawn if one is not None]
+        return Draw(candidates, [candidate.call for candidate in candidates], count)
+
+    async def _with_n(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
+        body = _body(job, first_index, count)
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout_at(deadline):
+                candidates = await self._call(job, body, first_index, count)
+        except TimeoutError:
+            candidates = [_late(first_index, Call(time.perf_counter() - started))]
+        if candidates[0].failure is not None:
+            candidates = [replace(candidates[0], index=first_index + offset) for offset in range(count)]
+        return Draw(candidates, [candidates[0].call], 1)
+
+    async def _call(self, job: Job, body: bytes, index: int, most: int) -> list[Candidate]:
+        """One upstream call: `most` candidates or fewer, or one that failed."""
+        started = time.perf_counter()
+        status: int | str = "cancelled"
+        try:
+            call = UpstreamCall("POST", ENDPOINT_PATHS[job.endpoint], body, job.headers)
+            response = await self.upstream.send(call)
+            status = response.status
+            try:
+                return await self._read(job, index, most, response, started)
+            finally:
+                await response.aclose()
+        except UpstreamError as error:
+            status = error.reason
+            failure = CallFailure(error.reason, str(error))
+            return [Candidate(index, Call(time.perf_counter() - started), failure)]
+        except asyncio.CancelledError:
+            status = "cancelled"
+            raise
+        finally:
+            self._metrics.upstream_call(self.upstream.name, status, time.perf_counter() - started)
+
+    async def _read(
+        self, job: Job, index: int, most: int, response: UpstreamResponse, started: float
+    ) -> list[Candidate]:
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        if job.stream and response.status == 200 and is_event_stream(headers):
+            recorder = StreamRecorder(self.upstream.name)
+            await recorder.record(response.stream())
+            return [recorder.candidate(index, Call(time.perf_counter() - started, recorder.usage, headers))]
+        body = await response.read()
+        elapsed = time.perf_counter() - started
+        if response.status != 200:
+            failure = status_failure(response, body, self.upstream.name)
+            return [Candidate(index, Call(elapsed, headers=headers), failure)]
+        answer = parse_answer(body, self.upstream.name)
+        if isinstance(answer, CallFailure):
+            return [Candidate(index, Call(elapsed, headers=headers), answer)]
+        call = Call(elapsed, usage_of(answer), headers)
+        around = {field: value for field, value in answer.items() if field not in ("choices", "usage")}
+        choices = answer["choices"][:most]
+        candidates = [
+            Candidate(index + offset, call, answer=around, choice=choice, shares_call=len(choices) > 1)
+            for offset, choice in enumerate(choices)
+        ]
+        if job.stream:
+            return [replace(one, chunks=chunks_of(one, job.endpoint)) for one in candidates]
+        return candidates
+
+
+def _body(job: Job, index: int, n: int | None) -> bytes:
+    """Raises `BadRequestError`."""
+    body = {field: value for field, value in job.body.items() if field != "n"}
+    if n is not None:
+        body["n"] = n
+    if job.seed is not None:
+        body["seed"] = job.seed + index
+    if job.stream:
+        # Asked for always, so that the sum over all candidates is exact; hidden where nobody wants it.
+        options = body.get("stream_options")
+        body["stream_options"] = (options if isinstance(options, dict) else {}) | {"include_usage": True}
+    else:
+        body.pop("stream", None)
+        body.pop("stream_options", None)
+    return encode(body)
+
+
+def _joined(first: Draw, second: Draw) -> Draw:
+    return Draw(
+        [*first.candidates, *second.candidates],
+        [*first.calls, *second.calls],
+        first.num_calls + second.num_calls,
+    )
+
+
+def _late(index: int, call: Call) -> Candidate:
+    return Candidate(index, call, CallFailure("deadline", "Not complete when the deadline passed"))

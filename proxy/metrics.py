@@ -1,0 +1,81 @@
+"""Every metric of the proxy. Label values come from configuration and closed sets, never from clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+ROUTE = "default"
+"""The single route there is so far."""
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_OVERHEAD_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_DEVIATIONS = (-3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3)
+_GAINS = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
+
+
+class ProxyMetrics:
+    """Registers the proxy's series on `registry`; two apps need two registries."""
+
+    def __init__(self, registry: CollectorRegistry, version: str) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "winnow_requests", "Requests answered; status 499: the client left", ["route", "endpoint", "status"],
+            registry=registry,
+        )  # fmt: skip
+        self.request_duration = Histogram(
+            "winnow_request_duration_seconds", "Request to last byte", ["route", "endpoint"], buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.overhead = Histogram(
+            "winnow_overhead_seconds", "Time to the winner, less the slowest used upstream call",
+            buckets=_OVERHEAD_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.upstream_requests = Counter(
+            "winnow_upstream_requests", "Upstream calls by status, or by what went wrong", ["upstream", "status"],
+            registry=registry,
+        )  # fmt: skip
+        self.upstream_duration = Histogram(
+            "winnow_upstream_duration_seconds", "Upstream calls, to the last byte where it was read here",
+            ["upstream"], buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.candidates = Counter(
+            "winnow_candidates", "Candidates by outcome: scored, unscored, failed, invalid, cancelled",
+            ["route", "outcome"], registry=registry,
+        )  # fmt: skip
+        self.reward = Histogram(
+            "winnow_reward", "Reward of winners, in deviations from the reference mean", ["route"],
+            buckets=_DEVIATIONS, registry=registry,
+        )  # fmt: skip
+        self.reward_gain = Histogram(
+            "winnow_reward_gain", "Winner's reward less the mean of its scored candidates", ["route"],
+            buckets=_GAINS, registry=registry,
+        )  # fmt: skip
+        self.rejections = Counter(
+            "winnow_rejections", "Requests whose best candidate was under min_reward", ["route", "action"],
+            registry=registry,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "winnow_tokens", "Tokens as billed: prompt and completion of all candidates, winner's completion",
+            ["route", "kind"], registry=registry,
+        )  # fmt: skip
+        self.reward_failures = Counter(
+            "winnow_reward_failures", "Requests whose candidates could not be scored", ["route"], registry=registry
+        )
+        self.in_flight = Gauge("winnow_in_flight", "Requests being worked on", registry=registry)
+        build = Gauge("winnow_build_info", "Always 1; the version is its label", ["version"], registry=registry)
+        build.labels(version).set(1)
+
+    def upstream_call(self, upstream: str, status: int | str, elapsed_s: float) -> None:
+        self.upstream_requests.labels(upstream, str(status)).inc()
+        self.upstream_duration.labels(upstream).observe(elapsed_s)
+
+    def used_tokens(self, usage: Mapping[str, Any] | None, winner_tokens: int | None) -> None:
+        for kind in ("prompt", "completion"):
+            count = (usage or {}).get(f"{kind}_tokens")
+            if isinstance(count, int) and count > 0:
+                self.tokens.labels(ROUTE, kind).inc(count)
+        if winner_tokens:
+            self.tokens.labels(ROUTE, "winner").inc(winner_tokens)

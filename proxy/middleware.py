@@ -1,0 +1,102 @@
+"""Around every request: its id, the key check, errors into envelopes, metrics. Pure ASGI."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxy.admission import ClientGoneError
+from proxy.errors import JSON, InternalError, ProxyError
+from proxy.gateway import Gateway
+from proxy.headers import raw, request_headers
+from proxy.metrics import ROUTE
+from proxy.relay import CutAnswerError
+from proxy.routes import chat, completions, operations, passthrough, score
+
+_log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_CLIENT_LEFT = 499
+_ENDPOINTS: Mapping[str, str] = {
+    chat.PATH: "chat",
+    completions.PATH: "completions",
+    score.PATH: "score",
+    "/v1/models": "models",
+    "/v1/responses": "responses",
+    "/v1/embeddings": "embeddings",
+} | dict.fromkeys(operations.PATHS, "operations")
+
+
+class Envelope:
+    """The outermost layer of ours: whatever happens inside, the client gets an OpenAI answer with a request id."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = request_headers(scope)
+        answer = _Answer(send, request_id(headers))
+        started = time.perf_counter()
+        status: int | None = None
+        try:
+            if scope["path"].startswith(f"{passthrough.PREFIX}/"):
+                self._gateway.keys.check(headers)
+            await self._app(scope, receive, answer.send)
+        except ProxyError as error:
+            await answer.send_error(error)
+        except ClientGoneError:
+            status = _CLIENT_LEFT
+        except CutAnswerError as error:
+            # Returning with the answer unfinished makes the server cut the connection: the client notices.
+            _log.warning("Request %s was cut: %s", answer.request_id, error)
+        except Exception:
+            _log.exception("Request %s failed", answer.request_id)
+            await answer.send_error(InternalError("Something went wrong on this server"))
+        finally:
+            self._record(scope["path"], status or answer.status or _CLIENT_LEFT, time.perf_counter() - started)
+
+    def _record(self, path: str, status: int, elapsed_s: float) -> None:
+        endpoint = _ENDPOINTS.get(path)
+        if endpoint is None:
+            endpoint = "passthrough" if path.startswith(f"{passthrough.PREFIX}/") else "unknown"
+        self._gateway.metrics.requests.labels(ROUTE, endpoint, str(status)).inc()
+        self._gateway.metrics.request_duration.labels(ROUTE, endpoint).observe(elapsed_s)
+
+
+class _Answer:
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            ours = (b"x-request-id", self.request_id.encode())
+            message = dict(message) | {"headers": [*message.get("headers", ()), ours]}
+        await self._send(message)
+
+    async def send_error(self, error: ProxyError) -> None:
+        """Too late once an answer has begun: then the connection is cut."""
+        if self.status is not None:
+            _log.warning("Request %s was cut: %s", self.request_id, error)
+            return
+        body = error.body()
+        head = {"content-type": JSON, "content-length": str(len(body))} | error.headers
+        await self.send({"type": "http.response.start", "status": error.http_status, "headers": raw(head)})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's own, where it sent a harmless one: logs on both sides then speak of the same request."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,290 @@
+"""What the client asked for, resolved into one `Ask`: body, `x-winnow-best-of`, `NAME@N`, the server's defaults.
+
+Only fields that we read are checked; all others go upstream as they came.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from feedback.records import Message, Messages
+from proxy.candidates import Endpoint
+from proxy.config import OnReject, RewardFloor, RouteSettings, near_miss
+from proxy.errors import BadRequestError
+
+_SUFFIX = re.compile(r"^(?P<name>.+)@(?P<best_of>[0-9]{1,3})$")
+"""Three digits at most: longer ones are dates, as in `claude@20240620`, and part of the name."""
+
+_Model = TypeVar("_Model", bound=BaseModel)
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class WinnowField(BaseModel):
+    """The `winnow` object of a request body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    best_of: PositiveInt | None = None
+    strategy: Literal["best_of_n", "adaptive", "speculative"] | None = None
+    min_reward: RewardFloor | None = None
+    on_reject: OnReject | None = None
+    max_candidates: PositiveInt | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    return_candidates: bool | None = None
+    reward_model: str | None = None
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool | None = None
+
+
+class _Body(BaseModel):
+    """The members of OpenAI's request that decide what we do."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    model: str | None = None
+    n: PositiveInt | None = None
+    best_of: PositiveInt | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    max_tokens: object = None
+    echo: bool | None = None
+    winnow: WinnowField | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """One prompt of a request. Chat has one; a legacy completion may have several."""
+
+    messages: Messages
+    """For the reward model."""
+    text: str | None = None
+    """The legacy prompt itself; None for chat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, understood. `parts` is empty where it merely passes through."""
+
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    """For the upstream: without our own fields and the `@N` of the model."""
+    raw: bytes | None
+    """The body as it came, where nothing of it had to change."""
+    model: str | None
+    best_of: int
+    n: int
+    stream: bool
+    include_usage: bool
+    seed: int | None
+    parts: Sequence[PromptPart]
+    echo: bool
+    min_reward: RewardFloor | None
+    on_reject: OnReject
+    max_candidates: int
+    deadline_s: float | None
+    return_candidates: bool
+    reward_model: str | None
+
+    @property
+    def passes_through(self) -> bool:
+        """One upstream call whose answer nobody here needs to read."""
+        return not self.parts
+
+    def encoded(self) -> bytes:
+        return self.raw if self.raw is not None else encode(self.body)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object from a request body. Raises `BadRequestError`; so do NaN and lone surrogates."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise BadRequestError(f"The body must be a JSON object, not {type(body).__name__}", code="invalid_json")
+    return body
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Raises `BadRequestError` for what could be read but cannot be written, such as nesting over 254 levels."""
+    try:
+        return orjson.dumps(body)
+    except (orjson.JSONEncodeError, TypeError) as error:
+        raise BadRequestError(f"The body cannot be passed on: {error}", code="invalid_json") from error
+
+
+def parse_ask(endpoint: Endpoint, raw: bytes, headers: Mapping[str, str], route: RouteSettings) -> Ask:
+    """Resolves a request against the route's defaults. `headers` has lower-case names. Raises `BadRequestError`."""
+    body = parse_object(raw)
+    checked = check(_Body, body)
+    options = checked.winnow or WinnowField()
+    _check_strategy(options, route)
+    model, suffix = split_suffix(checked.model)
+    n = checked.n or 1
+    asked = _asked_best_of(checked, options, headers, suffix)
+    best_of = _resolve_best_of(asked, n, route)
+    ours = {key for key in ("best_of", "winnow") if key in body}
+    forwarded = {key: value for key, value in body.items() if key not in ours}
+    if suffix is not None:
+        forwarded["model"] = model
+    if best_of > 1 and checked.temperature == 0:
+        best_of = n  # Greedy decoding gives the same text again: a second candidate buys nothing.
+    floor = options.min_reward if options.min_reward is not None else route.min_reward
+    wants_us = best_of > 1 or floor is not None or bool(options.return_candidates)
+    if n > 1 and asked is None and route.best_of == 1 and floor is None and not options.return_candidates:
+        wants_us = False  # Plain `n`: the client chooses among the choices itself.
+    parts = _parts(endpoint, body, checked, explicit=asked is not None) if wants_us else ()
+    if parts and len(parts) * best_of > route.max_draws:
+        raise BadRequestError(
+            f"{len(parts)} prompts with best_of {best_of} are more than {route.max_draws} candidates", param="prompt"
+        )
+    return Ask(
+        endpoint=endpoint,
+        body=forwarded,
+        raw=None if ours or suffix is not None else raw,
+        model=model,
+        best_of=best_of,
+        n=n,
+        stream=bool(checked.stream),
+        include_usage=bool(checked.stream_options and checked.stream_options.include_usage),
+        seed=checked.seed,
+        parts=parts,
+        echo=bool(checked.echo),
+        min_reward=floor,
+        on_reject=options.on_reject or route.on_reject,
+        max_candidates=_max_candidates(options, route, best_of, greedy=checked.temperature == 0),
+        deadline_s=_deadline(options, headers, route),
+        return_candidates=bool(options.return_candidates),
+        reward_model=options.reward_model,
+    )
+
+
+def split_suffix(model: str | None) -> tuple[str | None, int | None]:
+    """`NAME@N` into its halves; any other name stays whole."""
+    match = _SUFFIX.match(model or "")
+    return (match["name"], int(match["best_of"])) if match else (model, None)
+
+
+def check(model: type[_Model], body: Mapping[str, Any]) -> _Model:
+    """A typed view of `body`. Raises `BadRequestError` naming the first offending field."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        problems = error.errors(include_input=False, include_url=False, include_context=False)
+        problem = problems[0]
+        location = _location(problem["loc"])
+        path = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            known = list(WinnowField.model_fields) if location[:1] == ["winnow"] else list(model.model_fields)
+            message = f"Unknown field {path}{near_miss(location[-1], known)}"
+        else:
+            # A union complains once a branch: all of them together say what would do.
+            branches = [one["msg"] for one in problems if _location(one["loc"]) == location]
+            message = f"{path}: {' or '.join(dict.fromkeys(branches))}"
+        raise BadRequestError(message, param=path) from error
+
+
+def _location(path: Sequence[int | str]) -> list[str]:
+    """Without the branches of unions, which pydantic names in an error's path; a client cannot know them."""
+    branches = ("constrained-", "function-", "list[", "dict[")
+    parts = [str(part) for part in path]
+    return [part for part in parts if part not in ("float", "str") and not part.startswith(branches)]
+
+
+def _check_strategy(options: WinnowField, route: RouteSettings) -> None:
+    if options.strategy not in (None, "best_of_n"):
+        raise BadRequestError(
+            f"The strategy {options.strategy} is not available on this server; best_of_n is", param="winnow.strategy"
+        )
+    if options.on_reject == "fallback" and route.fallback_model is None:
+        raise BadRequestError("No fallback model is configured on this server", param="winnow.on_reject")
+
+
+def _asked_best_of(checked: _Body, options: WinnowField, headers: Mapping[str, str], suffix: int | None) -> int | None:
+    if checked.best_of is not None:
+        return checked.best_of
+    if options.best_of is not None:
+        return options.best_of
+    header = headers.get("x-winnow-best-of")
+    if header is not None:
+        if not re.fullmatch(r"[0-9]{1,9}", header.strip()):
+            raise BadRequestError("The header x-winnow-best-of must be a whole number", param="x-winnow-best-of")
+        return int(header)
+    return suffix
+
+
+def _resolve_best_of(asked: int | None, n: int, route: RouteSettings) -> int:
+    best_of = max(route.best_of, n) if asked is None else asked
+    if best_of < 1:
+        raise BadRequestError("best_of must be at least 1", param="best_of")
+    if best_of < n:
+        raise BadRequestError(f"best_of ({best_of}) must not be less than n ({n})", param="best_of")
+    if asked is None and best_of == n and route.best_of == 1:
+        return best_of  # Plain `n` of a server that was told to draw no more: the upstream's limit holds.
+    if best_of > route.max_best_of:
+        field = "best_of" if asked is not None else "n"
+        raise BadRequestError(f"{field} ({best_of}) is over this server's limit of {route.max_best_of}", param=field)
+    return best_of
+
+
+def _max_candidates(options: WinnowField, route: RouteSettings, best_of: int, *, greedy: bool) -> int:
+    if options.max_candidates is not None and options.max_candidates > route.max_draws:
+        raise BadRequestError(
+            f"max_candidates ({options.max_candidates}) is over this server's limit of {route.max_draws}",
+            param="winnow.max_candidates",
+        )
+    wanted = options.max_candidates or route.max_candidates or best_of
+    return best_of if greedy else max(wanted, best_of)
+
+
+def _deadline(options: WinnowField, headers: Mapping[str, str], route: RouteSettings) -> float | None:
+    if options.deadline_s is not None:
+        return options.deadline_s
+    deadlines = [] if route.deadline_s is None else [route.deadline_s]
+    announced = headers.get("x-stainless-read-timeout", "")
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", announced) and float(announced) > 0:
+        # A very short time-out is mostly margin: leave half of it to the work.
+        deadlines.append(max(float(announced) - route.deadline_margin_s, float(announced) / 2))
+    return min(deadlines, default=None)
+
+
+def _parts(endpoint: Endpoint, body: Mapping[str, Any], checked: _Body, *, explicit: bool) -> Sequence[PromptPart]:
+    if endpoint == "chat":
+        return (PromptPart(_chat_messages(body.get("messages"))),)
+    if checked.echo and checked.max_tokens == 0:
+        return ()  # Scoring of the prompt itself: nothing is generated.
+    prompt = body.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts):
+        return tuple(PromptPart([{"role": "user", "content": text}], text) for text in texts)
+    if not explicit:
+        return ()
+    raise BadRequestError(
+        "best_of over 1 needs the prompt as non-empty text (a string or a list of strings): "
+        "the reward model cannot read token ids",
+        param="prompt",
+    )
+
+
+def _chat_messages(messages: object) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRequestError("messages must be a non-empty list", param="messages")
+    for position, message in enumerate(messages):
+        where = f"messages[{position}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequestError(f"{where} must be an object with a role", param=where)
+        if not isinstance(message.get("content"), str | list | None):
+            raise BadRequestError(f"{where}.content must be text, a list of parts or null", param=f"{where}.content")
+    return cast("list[Message]", messages)

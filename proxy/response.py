@@ -1,0 +1,254 @@
+"""Outcomes into answers: body, usage, headers, the `winnow` object, chunks to replay. Pure."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from proxy.candidates import Call, Candidate, Judged
+from proxy.headers import of_winner
+from proxy.metrics import ROUTE, ProxyMetrics
+from proxy.recording import chunks_of
+from proxy.request import Ask
+from proxy.strategies.best_of_n import NAME, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that is known when a request's winners are: one outcome a prompt."""
+
+    ask: Ask
+    outcomes: Sequence[Outcome]
+    reward_model: str | None
+    refusal: str
+    completion_id: str
+    elapsed_s: float
+    """From the request's arrival to its winners."""
+
+    @property
+    def winners(self) -> list[Candidate]:
+        """In the order of `choices`: prompt by prompt, best first. A refusal takes the place of what it refuses."""
+        return [winner for outcome in self.outcomes for winner in self._winners_of(outcome)]
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """What the upstream bills for all that was generated; None if it never said."""
+        calls = {id(call): call for outcome in self.outcomes for call in outcome.calls}.values()
+        return sum_usage([call.usage for call in calls if call.usage is not None])
+
+    @property
+    def overhead_s(self) -> float:
+        return max(0.0, self.elapsed_s - max(outcome.upstream_s for outcome in self.outcomes))
+
+    def _winners_of(self, outcome: Outcome) -> Iterator[Candidate]:
+        best = [outcome.judged[position].candidate for position in outcome.order[: self.ask.n]]
+        if outcome.action == "refuse":
+            yield _refusal(self.ask, self.refusal, best[0])
+        else:
+            yield from best
+
+
+def sum_usage(usages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Numbers added up, details too; anything else is taken from the last that has it."""
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for name, value in usage.items():
+            before = total.get(name)
+            if isinstance(value, dict):
+                total[name] = sum_usage([before, value] if isinstance(before, dict) else [value])
+            elif isinstance(value, int | float) and isinstance(before, int | float) and not isinstance(value, bool):
+                total[name] = before + value
+            elif value is not None or name not in total:
+                total[name] = value
+    return total or None
+
+
+def body(result: Result) -> bytes:
+    winners = result.winners
+    answer = dict(winners[0].answer)
+    answer["choices"] = [dict(winner.choice) | {"index": index} for index, winner in enumerate(winners)]
+    if result.usage is not None:
+        answer["usage"] = result.usage
+    if result.ask.return_candidates:
+        answer["winnow"] = winnow_object(result)
+    return orjson.dumps(answer)
+
+
+def chunks(result: Result) -> Iterator[bytes]:
+    """The winners' own payloads, one winner after the other; then what was asked for beyond them."""
+    for index, winner in enumerate(result.winners):
+        payloads = winner.chunks or chunks_of(winner, result.ask.endpoint)
+        for payload in payloads:
+            shown = _shown(payload, winner.choice.get("index", 0), index)
+            if shown is not None:
+                yield shown
+    last: dict[str, Any] = {}
+    if result.ask.include_usage and result.usage is not None:
+        last["usage"] = result.usage
+    if result.ask.return_candidates:
+        last["winnow"] = winnow_object(result)
+    if last:
+        yield orjson.dumps(dict(_chunk_frame(result)) | {"choices": []} | last)
+
+
+def headers(result: Result) -> dict[str, str]:
+    judged = [one for outcome in result.outcomes for one in outcome.judged]
+    best = result.outcomes[0].best
+    calls = [call.headers for outcome in result.outcomes for call in outcome.calls]
+    counts = f"s={len(_scored(judged))};f={len(_failed(judged))};i={len(_invalid(judged))}"
+    answer = of_winner(best.candidate.call.headers, calls) | {
+        "x-winnow-best-of": str(result.ask.best_of),
+        "x-winnow-candidates": counts,
+        "x-winnow-strategy": NAME,
+        "x-winnow-accepted": _flag(all(outcome.accepted for outcome in result.outcomes)),
+        "x-winnow-scored": _flag(all(outcome.scored for outcome in result.outcomes)),
+        "x-winnow-upstream-calls": str(sum(outcome.num_calls for outcome in result.outcomes)),
+        "x-winnow-completion-id": result.completion_id,
+        "x-winnow-overhead-ms": f"{result.overhead_s * 1000:.1f}",
+    }
+    if best.score is not None:
+        answer["x-winnow-reward"] = f"{best.score.reward:.6g}"
+    return answer
+
+
+def winnow_object(result: Result) -> dict[str, Any]:
+    several = len(result.outcomes) > 1
+    candidates = [
+        _described(one, None if not several else prompt)
+        for prompt, outcome in enumerate(result.outcomes)
+        for one in outcome.judged
+    ]
+    first = result.outcomes[0]
+    return {
+        "candidates": candidates,
+        "winner": first.best.candidate.index,
+        "winners": [
+            [outcome.judged[position].candidate.index for position in outcome.order[: result.ask.n]]
+            for outcome in result.outcomes
+        ],
+        "accepted": all(outcome.accepted for outcome in result.outcomes),
+        "scored": all(outcome.scored for outcome in result.outcomes),
+        "action": first.action,
+        "strategy": NAME,
+        "best_of": result.ask.best_of,
+        "reward_model": result.reward_model,
+        "completion_id": result.completion_id,
+    }
+
+
+def new_completion_id() -> str:
+    return f"winnow-{uuid.uuid4().hex}"
+
+
+def record(result: Result, metrics: ProxyMetrics) -> None:
+    metrics.overhead.observe(result.overhead_s)
+    winner_tokens = 0
+    for outcome in result.outcomes:
+        judged = outcome.judged
+        unscored = len(judged) - len(_scored(judged)) - len(_failed(judged)) - len(_invalid(judged))
+        late = sum(one.candidate.failure is not None and one.candidate.failure.reason == "deadline" for one in judged)
+        counts = {
+            "scored": len(_scored(judged)),
+            "unscored": unscored,
+            "failed": len(_failed(judged)) - late,
+            "invalid": len(_invalid(judged)),
+            "cancelled": late,
+        }
+        for name, count in counts.items():
+            metrics.candidates.labels(ROUTE, name).inc(count)
+        if outcome.best.score is not None:
+            metrics.reward.labels(ROUTE).observe(outcome.best.score.reward)
+            rewards = [one.score.reward for one in judged if one.score is not None]
+            metrics.reward_gain.labels(ROUTE).observe(outcome.best.score.reward - statistics.fmean(rewards))
+        if outcome.action is not None:
+            metrics.rejections.labels(ROUTE, outcome.action).inc()
+        if not outcome.scored:
+            metrics.reward_failures.labels(ROUTE).inc()
+        winner_tokens += (_own_usage(outcome.best.candidate) or {}).get("completion_tokens") or 0
+    metrics.used_tokens(result.usage, winner_tokens)
+
+
+def _scored(judged: Sequence[Judged]) -> list[Judged]:
+    return [one for one in judged if one.score is not None and one.invalid_reason is None]
+
+
+def _failed(judged: Sequence[Judged]) -> list[Judged]:
+    return [one for one in judged if one.candidate.failure is not None]
+
+
+def _invalid(judged: Sequence[Judged]) -> list[Judged]:
+    return [one for one in judged if one.candidate.failure is None and one.invalid_reason is not None]
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _own_usage(candidate: Candidate) -> Mapping[str, Any] | None:
+    return None if candidate.shares_call or candidate.failure is not None else candidate.call.usage
+
+
+def _described(one: Judged, prompt: int | None) -> dict[str, Any]:
+    candidate = one.candidate
+    described: dict[str, Any] = {
+        "index": candidate.index,
+        "content": candidate.content if candidate.failure is None else None,
+        "reward": one.score.reward if one.score else None,
+        "percentile": one.score.percentile if one.score else None,
+        "valid": one.invalid_reason is None,
+        "reason": one.invalid_reason,
+        "finish_reason": candidate.finish_reason,
+        "usage": _own_usage(candidate),
+    }
+    if one.score is not None:
+        described |= {"raw_reward": one.score.raw_reward, "truncated": one.score.truncated}
+    if tool_calls := candidate.message.get("tool_calls"):
+        described["tool_calls"] = tool_calls
+    if prompt is not None:
+        described["prompt"] = prompt
+    return described
+
+
+def _refusal(ask: Ask, text: str, refused: Candidate) -> Candidate:
+    """A completion of our own: nothing of what it refuses goes out with it."""
+    is_chat = ask.endpoint == "chat"
+    answer = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": refused.answer.get("model") or ask.model or "",
+    }
+    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if is_chat else {"text": text}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": "content_filter"}
+    return replace(refused, answer=answer, choice=choice, chunks=(), call=Call(0.0))
+
+
+def _shown(payload: bytes, index_now: object, index: int) -> bytes | None:
+    """A chunk for the client: as it came where nothing has to change, None where it holds only hidden usage."""
+    if index_now == index and b'"usage"' not in payload:
+        return payload
+    chunk = orjson.loads(payload)
+    usage, choices = chunk.get("usage"), chunk.get("choices")
+    if usage is not None and not choices:
+        return None
+    if usage is None and index_now == index:
+        return payload
+    if usage is not None:
+        # One candidate's usage on its last chunk: the client gets the sum, where it asked for any.
+        chunk["usage"] = None
+    for choice in choices or []:
+        choice["index"] = index
+    return orjson.dumps(chunk)
+
+
+def _chunk_frame(result: Result) -> Mapping[str, Any]:
+    winner = result.winners[0]
+    frame = dict(winner.answer)
+    frame["object"] = "chat.completion.chunk" if result.ask.endpoint == "chat" else "text_completion"
+    return frame

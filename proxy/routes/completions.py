@@ -1,0 +1,12 @@
+"""`POST /v1/completions`, the legacy API: text prompts, several in one request."""
+
+from __future__ import annotations
+
+from proxy.gateway import Gateway
+from proxy.routes.generation import GenerationEndpoint
+
+PATH = "/v1/completions"
+
+
+def completions(gateway: Gateway) -> GenerationEndpoint:
+    return GenerationEndpoint(gateway, "completions")

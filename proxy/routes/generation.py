@@ -1,0 +1,154 @@
+"""The story of one generating request: admit, read, parse, draw and judge, answer. Chat and completions share it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.types import Receive, Scope, Send
+
+from proxy import response
+from proxy.admission import client_left, read_body, while_client_waits
+from proxy.candidates import ENDPOINT_PATHS, Endpoint
+from proxy.config import RewardFloor
+from proxy.drawing import Job
+from proxy.errors import BadRequestError, ProxyError
+from proxy.gateway import Gateway
+from proxy.headers import for_generation, raw, request_headers
+from proxy.judging import Judge
+from proxy.relay import relay
+from proxy.request import Ask, PromptPart, parse_ask
+from proxy.response import Result
+from proxy.strategies.best_of_n import BestOfN, Outcome
+from proxy.streaming import stream_result
+from proxy.upstreams.base import UpstreamCall
+from proxy.validity import compile_rules
+from reward.scorer import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEndpoint:
+    """An ASGI application for one path."""
+
+    gateway: Gateway
+    endpoint: Endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        settings = self.gateway.settings
+        headers = request_headers(scope)
+        with self.gateway.admission.admit():
+            body = await read_body(receive, settings.server.max_body_bytes)
+            ask = parse_ask(self.endpoint, body, headers, settings.route)
+            work = _Request(self.gateway, ask, self.gateway.forwarded(headers), started)
+            await while_client_waits(client_left(receive), work.answer(send, scope))
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    gateway: Gateway
+    ask: Ask
+    headers: Mapping[str, str]
+    started: float
+    """Of `time.perf_counter`."""
+
+    async def answer(self, send: Send, scope: Scope) -> None:
+        if self.ask.passes_through:
+            await self._relay(send, scope)
+            return
+        if self.ask.stream:
+            await stream_result(self._result(), self.gateway.settings.server.keepalive_s, send)
+            return
+        result = await self._result()
+        body = response.body(result)
+        head = response.headers(result) | {"content-type": "application/json", "content-length": str(len(body))}
+        await send({"type": "http.response.start", "status": 200, "headers": raw(head)})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _relay(self, send: Send, scope: Scope) -> None:
+        call = UpstreamCall(
+            "POST",
+            ENDPOINT_PATHS[self.ask.endpoint],
+            self.ask.encoded(),
+            dict(self.headers) | {"content-type": "application/json"},
+            scope.get("query_string", b"").decode("latin-1"),
+        )
+        extra = {"x-winnow-best-of": "1", "x-winnow-upstream-calls": "1"}
+        upstream_s = await relay(self.gateway, call, send, extra, self.ask.deadline_s)
+        self.gateway.metrics.overhead.observe(max(0.0, time.perf_counter() - self.started - upstream_s))
+
+    async def _result(self) -> Result:
+        scorer = self.gateway.scorer(self.ask.reward_model, "winnow.reward_model")
+        strategy = self._strategy(scorer)
+        outcomes = await self._outcomes(strategy)
+        result = Result(
+            ask=self.ask,
+            outcomes=outcomes,
+            reward_model=scorer.name if scorer is not None else None,
+            refusal=self.gateway.settings.route.refusal,
+            completion_id=response.new_completion_id(),
+            elapsed_s=time.perf_counter() - self.started,
+        )
+        # Counted when the winners are known: the tokens are spent, whether or not the client stays to read.
+        response.record(result, self.gateway.metrics)
+        return result
+
+    def _strategy(self, scorer: Scorer | None) -> BestOfN:
+        route = self.gateway.settings.route
+        judge = Judge(scorer, compile_rules(self.ask.body), route.on_reward_failure, strips_echo=self.ask.echo)
+        return BestOfN(
+            ask=self.ask,
+            route=route,
+            drawer=self.gateway.drawer,
+            judge=judge,
+            min_reward=_resolve_floor(self.ask.min_reward, scorer),
+            started_at=asyncio.get_running_loop().time() - (time.perf_counter() - self.started),
+        )
+
+    async def _outcomes(self, strategy: BestOfN) -> list[Outcome]:
+        """One outcome a prompt, in order; the first prompt to fail fails the request and ends the others."""
+        parts = self.ask.parts
+        if len(parts) == 1:
+            return [await strategy.run(parts[0], self._job(parts[0]))]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(strategy.run(part, self._job(part))) for part in parts]
+        except* ProxyError as failures:
+            raise _first(failures) from failures
+        return [task.result() for task in tasks]
+
+    def _job(self, part: PromptPart) -> Job:
+        body = self.ask.body if part.text is None else dict(self.ask.body) | {"prompt": part.text}
+        return Job(
+            endpoint=self.ask.endpoint,
+            model=self.ask.model,
+            body=body,
+            headers=for_generation(self.headers),
+            seed=self.ask.seed,
+            stream=self.ask.stream,
+        )
+
+
+def _resolve_floor(floor: RewardFloor | None, scorer: Scorer | None) -> float | None:
+    """`p20` into a reward. Raises `BadRequestError` where the reward model has no reference completions."""
+    if not isinstance(floor, str):
+        return floor
+    if scorer is None:
+        return None  # What happens without a reward model is `on_reward_failure`'s to say.
+    reward = scorer.reward_at_percentile(float(floor.removeprefix("p")))
+    if reward is None:
+        raise BadRequestError(
+            f"The reward model {scorer.name} has no reference completions, so that {floor} says nothing; give a number",
+            param="winnow.min_reward",
+        )
+    return reward
+
+
+def _first(failures: BaseExceptionGroup[ProxyError]) -> ProxyError:
+    found: BaseException = failures
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, ProxyError)
+    return found

@@ -1,0 +1,49 @@
+"""Server-sent events, as far as OpenAI's streams use them: `data` fields and comments."""
+
+from __future__ import annotations
+
+DONE = b"[DONE]"
+KEEPALIVE = b": keepalive\n\n"
+"""A comment. Every client tested bears it anywhere in a stream; events such as `ping` break many."""
+
+
+def event(payload: bytes) -> bytes:
+    return b"data: " + payload + b"\n\n"
+
+
+class EventParser:
+    """Cuts a byte stream, arriving in pieces of any size, into the `data` payloads of its events.
+
+    Comments and other fields are dropped; CR, LF and CRLF line ends and `data:` without a space are accepted.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        buffer = self._rest + piece
+        # A CR at the very end may be half of a CRLF: it waits for the next piece.
+        held = b"\r" if buffer.endswith(b"\r") else b""
+        if b"\r" in buffer:
+            buffer = buffer[: len(buffer) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, rest = buffer.split(b"\n")
+        self._rest = rest + held
+        return [payload for line in lines if (payload := self._line(line)) is not None]
+
+    def close(self) -> list[bytes]:
+        """An event whose closing blank line never came still counts: some servers forget it."""
+        payloads = self.feed(b"\n\n") if self._rest or self._data else []
+        self._rest, self._data = b"", []
+        return payloads
+
+    def _line(self, line: bytes) -> bytes | None:
+        if line.startswith(b"data:"):
+            value = line[5:]
+            self._data.append(value.removeprefix(b" "))
+            return None
+        if line or not self._data:
+            return None
+        payload = b"\n".join(self._data)
+        self._data = []
+        return payload

@@ -1,0 +1,183 @@
+"""Scoring requests -> batches -> futures. asyncio only; what runs a batch is passed in.
+
+Batches form while the device is busy: there is no timer. Whoever waits longest opens the next batch, and
+those of most similar length join it until the padded size (longest × count) reaches the limit. Promises:
+a cancelled caller harms no neighbour; a failing batch is halved until only the culprit fails, and the
+worker lives on; a full queue refuses at once; closing answers everyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from reward.errors import QueueFullError, ScoringError
+
+logger = logging.getLogger(__name__)
+
+
+class Sized(Protocol):
+    """Anything with a length in tokens."""
+
+    def __len__(self) -> int: ...
+
+
+ItemT = TypeVar("ItemT", bound=Sized)
+
+RunBatch = Callable[[Sequence[ItemT]], Awaitable[Sequence[float]]]
+"""Runs one batch; as many results as items, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingOptions:
+    """Limits of the batching worker."""
+
+    max_batch_tokens: int = 16_384
+    """Padded tokens in one forward pass: longest × count. One item alone always fits."""
+    max_batch_size: int = 64
+    """Completions in one forward pass."""
+    max_queue: int = 1024
+    """Completions waiting; past it callers are refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_batch_size", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[ItemT]):
+    item: ItemT
+    future: asyncio.Future[float] = field(repr=False)
+
+
+def take_batch(lengths: Sequence[int], options: BatchingOptions) -> list[int]:
+    """Which of the waiting items, oldest first, form the next batch: indices, the oldest always among them.
+
+    Others join nearest in length first, older first among equals, while longest × count stays within
+    `max_batch_tokens`.
+    """
+    if not lengths:
+        return []
+    oldest = lengths[0]
+    batch, longest = [0], oldest
+    for index in sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - oldest)):
+        if len(batch) == options.max_batch_size:
+            break
+        if max(longest, lengths[index]) * (len(batch) + 1) > options.max_batch_tokens:
+            continue
+        batch.append(index)
+        longest = max(longest, lengths[index])
+    return batch
+
+
+class BatchingWorker(Generic[ItemT]):
+    """One task that feeds batches to `run_batch`, one at a time. Start and close it from the same event loop."""
+
+    def __init__(
+        self,
+        run_batch: RunBatch[ItemT],
+        options: BatchingOptions,
+        on_queue_depth: Callable[[int], None] = lambda depth: None,
+    ) -> None:
+        self._run_batch = run_batch
+        self._options = options
+        self._on_queue_depth = on_queue_depth
+        self._waiting: list[_Waiting[ItemT]] = []
+        self._running: list[_Waiting[ItemT]] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Starts the worker's task on the running loop."""
+        self._task = asyncio.create_task(self._work(), name="reward-batching")
+
+    async def submit(self, items: Sequence[ItemT]) -> list[float]:
+        """Results in the order of `items`; all are queued or none.
+
+        Raises `QueueFullError` at once when they do not fit, `ScoringError` when one of them fails or the
+        worker is closed. Cancelled, it withdraws what is not running yet.
+        """
+        if self._closed or self._task is None:
+            raise ScoringError("the scorer is closed")
+        if len(items) > self._options.max_queue:
+            raise ScoringError(
+                f"{len(items)} completions in one call, but the queue holds {self._options.max_queue}: "
+                "send fewer, or raise score_max_queue"
+            )
+        if len(self._waiting) + len(items) > self._options.max_queue:
+            raise QueueFullError(f"{len(self._waiting)} completions wait to be scored; try again later")
+        loop = asyncio.get_running_loop()
+        mine = [_Waiting(item, loop.create_future()) for item in items]
+        self._waiting.extend(mine)
+        self._report_depth()
+        self._wake.set()
+        try:
+            results = await asyncio.gather(*(waiting.future for waiting in mine), return_exceptions=True)
+        except asyncio.CancelledError:
+            # gather has cancelled the futures; those still in the queue go now, running ones are ignored later.
+            self._waiting = [waiting for waiting in self._waiting if not waiting.future.cancelled()]
+            self._report_depth()
+            raise
+        rewards: list[float] = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            rewards.append(result)
+        return rewards
+
+    async def aclose(self) -> None:
+        """Refuses new work, answers everyone who waits with `ScoringError`, and ends the task."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for waiting in [*self._running, *self._waiting]:
+            if not waiting.future.done():
+                waiting.future.set_exception(ScoringError("the scorer was closed before this was scored"))
+        self._running, self._waiting = [], []
+        self._report_depth()
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            if not self._waiting:
+                self._wake.clear()
+                continue
+            chosen = set(take_batch([len(waiting.item) for waiting in self._waiting], self._options))
+            self._running = [waiting for i, waiting in enumerate(self._waiting) if i in chosen]
+            self._waiting = [waiting for i, waiting in enumerate(self._waiting) if i not in chosen]
+            self._report_depth()
+            await self._run(self._running)
+            self._running = []
+
+    async def _run(self, batch: list[_Waiting[ItemT]]) -> None:
+        batch = [waiting for waiting in batch if not waiting.future.done()]
+        if not batch:
+            return
+        try:
+            results = await self._run_batch([waiting.item for waiting in batch])
+            if len(results) != len(batch):
+                raise ScoringError(f"{len(results)} rewards for {len(batch)} completions")
+        except Exception as error:
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                await self._run(batch[:middle])
+                await self._run(batch[middle:])
+                return
+            logger.exception("scoring one completion failed")
+            if not batch[0].future.done():
+                failure = ScoringError(f"the reward model failed on this completion: {error}")
+                failure.__cause__ = error
+                batch[0].future.set_exception(failure)
+            return
+        for waiting, result in zip(batch, results, strict=True):
+            if not waiting.future.done():
+                waiting.future.set_result(result)
+
+    def _report_depth(self) -> None:
+        self._on_queue_depth(len(self._waiting))

@@ -1,0 +1,128 @@
+"""LocalScorer: rewards computed in this process. Render, batch, run, normalise."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from feedback.records import Messages
+from reward.batching import BatchingOptions, BatchingWorker
+from reward.errors import InputError, ScoringError
+from reward.metrics import ScoreMetrics
+from reward.rendering import Rendered
+from reward.scorer import Score
+
+if TYPE_CHECKING:
+    from reward.model import RewardModel
+
+
+class LocalScorer:
+    """The `Scorer` over a model on this machine.
+
+    Loading and scoring run on one thread of its own, rendering on the default pool: the event loop never waits.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batching: BatchingOptions | None = None,
+        metrics: ScoreMetrics | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """`source`: a folder, a hub id or `default`; `name`: what clients call it, from the model itself if None."""
+        self._source = source
+        self._name = name
+        self._device = device
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._metrics = metrics
+        self._model: RewardModel | None = None
+        self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
+        on_depth = metrics.queue_depth.set if metrics else _ignore_depth
+        self._worker: BatchingWorker[Rendered] = BatchingWorker(
+            self._run_batch, batching or BatchingOptions(), on_depth
+        )
+
+    @property
+    def name(self) -> str:
+        if self._name is not None:
+            return self._name
+        return self._model.manifest.name if self._model else self._source
+
+    @property
+    def ready(self) -> bool:
+        return self._model is not None
+
+    async def start(self) -> None:
+        from reward.model import load_reward_model
+
+        loop = asyncio.get_running_loop()
+        self._model = await loop.run_in_executor(
+            self._device_thread,
+            lambda: load_reward_model(
+                self._source, device=self._device, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+            ),
+        )
+        self._worker.start()
+
+    async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
+        model = self._loaded()
+        rendered = await asyncio.to_thread(self._render, model, prompt, completions)
+        rewards = await self._worker.submit(rendered)
+        scale = model.manifest.normalisation
+        scores = []
+        for item, raw_reward in zip(rendered, rewards, strict=True):
+            reward = scale.reward(raw_reward)
+            scores.append(
+                Score(
+                    reward=reward,
+                    raw_reward=raw_reward,
+                    percentile=scale.percentile(reward),
+                    truncated=item.truncated,
+                    prompt_tokens=item.prompt_tokens,
+                    completion_tokens=item.completion_tokens,
+                )
+            )
+        return scores
+
+    def reward_at_percentile(self, percentile: float) -> float | None:
+        return self._loaded().manifest.normalisation.at_percentile(percentile)
+
+    async def aclose(self) -> None:
+        await self._worker.aclose()
+        self._model = None
+        # A forward pass that is under way ends by itself; nobody waits for it any more.
+        self._device_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _loaded(self) -> RewardModel:
+        if self._model is None:
+            raise ScoringError(f"the reward model {self._source!r} is not loaded")
+        return self._model
+
+    @staticmethod
+    def _render(model: RewardModel, prompt: Messages, completions: Sequence[Messages]) -> list[Rendered]:
+        if not prompt:
+            raise InputError("the prompt has no messages")
+        if not all(completions):
+            raise InputError("a completion has no messages")
+        return [model.renderer.render(prompt, completion) for completion in completions]
+
+    async def _run_batch(self, items: Sequence[Rendered]) -> list[float]:
+        model = self._loaded()
+        started = time.perf_counter()
+        rewards = await asyncio.get_running_loop().run_in_executor(self._device_thread, model.raw_rewards, items)
+        if self._metrics is not None:
+            self._metrics.batch_size.observe(len(items))
+            self._metrics.duration.observe(time.perf_counter() - started)
+        return rewards
+
+
+def _ignore_depth(depth: int) -> None:
+    """Without metrics nobody asks."""

@@ -1,0 +1,124 @@
+"""`reward.json`: what a reward model's folder says about itself beyond its weights.
+
+How to render and pool, the scale of served rewards, what it was trained on, how good it was on held-out
+data, and probe texts with their raw rewards, by which loading notices a lost head or a different base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from feedback.records import Message
+from reward.errors import ModelLoadError
+from reward.normalisation import Normalisation
+from reward.rendering import Template
+
+FILE_NAME = "reward.json"
+FORMAT = 1
+
+Pooling = Literal["last", "mean"]
+HeadKind = Literal["sequence_classification", "pooled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where the scalar comes from."""
+
+    kind: HeadKind = "sequence_classification"
+    """`sequence_classification`: what `AutoModelForSequenceClassification` loads. `pooled`: a base with a head of
+    ours on the pooled hidden states of its last kept layer (after the final norm)."""
+    pooling: tuple[Pooling, ...] = ("last",)
+    """Concatenated: the last token, the mean over the completion."""
+    num_layers: int | None = None
+    """Layers of the base that are kept; None keeps all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A text whose raw reward is known."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    raw_reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Held-out pairwise accuracy of one set, in shares from 0 to 1, with its 95 % Wilson interval."""
+
+    pairs: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of `reward.json`."""
+
+    name: str
+    base: str
+    """Folder, hub id or `package:NAME` of the pretrained model. For information where the folder holds all weights."""
+    head: Head
+    template: Template
+    max_length: int
+    """Tokens of prompt and completion together; longer prompts are cut."""
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    num_references: int = 0
+    """Reference completions behind the normalisation."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Data files with hashes and counts, seed, configuration, steps: enough to train it again."""
+    accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Writes `reward.json` into `folder`."""
+        record = {"format": FORMAT, **dataclasses.asdict(self)}
+        (folder / FILE_NAME).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """None where there is no `reward.json`. Raises `ModelLoadError` naming the file and member that is wrong."""
+    path = folder / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(text)
+        return _parse(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ModelLoadError(f"{path}: {what}") from error
+
+
+def _parse(record: dict[str, Any]) -> Manifest:
+    if record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']!r} is not {FORMAT}: written by another version of winnow")
+    head = record["head"]
+    if head["kind"] not in get_args(HeadKind):
+        raise ValueError(f"head.kind {head['kind']!r} is not one of {', '.join(get_args(HeadKind))}")
+    if not head["pooling"] or set(head["pooling"]) - set(get_args(Pooling)):
+        raise ValueError(f"head.pooling {head['pooling']!r} must list some of {', '.join(get_args(Pooling))}")
+    if record["template"] not in get_args(Template):
+        raise ValueError(f"template {record['template']!r} is not one of {', '.join(get_args(Template))}")
+    if not isinstance(record["max_length"], int) or record["max_length"] < 8:
+        raise ValueError(f"max_length {record['max_length']!r} must be an integer of at least 8")
+    scale = record["normalisation"]
+    return Manifest(
+        name=record["name"],
+        base=record["base"],
+        head=Head(head["kind"], tuple(head["pooling"]), head["num_layers"]),
+        template=record["template"],
+        max_length=record["max_length"],
+        normalisation=Normalisation(scale["mean"], scale["std"], tuple(scale["quantiles"])),
+        num_references=record["num_references"],
+        training=record["training"],
+        accuracy={name: Accuracy(**fields) for name, fields in record["accuracy"].items()},
+        probes=tuple(Probe(**probe) for probe in record["probes"]),
+    )

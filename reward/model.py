@@ -1,0 +1,370 @@
+"""A reward model in this process: load, check, run, save.
+
+Three shapes on disk load to one class (see docs/decisions/0001-pooled-head.md):
+
+* a one-label `AutoModelForSequenceClassification` folder or hub id, encoder or decoder;
+* a PEFT adapter of one, naming its base;
+* a base (referenced, not copied) with a head of ours and optionally a LoRA adapter, as `reward.json` says.
+
+Positions come from lengths, never from token ids: transformers' own classification heads look for the
+first pad token, and where pad = EOS they read the score one token early.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from reward.bases import resolve_base
+from reward.devices import choose_device, choose_dtype
+from reward.errors import ModelLoadError
+from reward.manifest import Head, Manifest, Pooling, load_manifest
+from reward.rendering import Rendered, Renderer, Template
+
+DEFAULT_REWARD_MODEL = "default"
+"""The reward model that ships with winnow."""
+HEAD_FILE = "head.safetensors"
+MAX_LENGTH_CAP = 4096
+"""Default limit of prompt and completion in tokens for models without `reward.json`, if the model allows more."""
+
+PROBE_TOLERANCE = 1e-3
+HALF_PRECISION_PROBE_TOLERANCE = 0.1
+"""How far a stored probe may be off on load, in deviations of the raw reward, in fp32 and in bf16 or fp16."""
+
+
+class PooledRewardModel(nn.Module):
+    """Backbone, pooled hidden states, one linear head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, pooling: Sequence[Pooling]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.pooling = tuple(pooling)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Raw rewards (B,), in fp32."""
+        hidden = self.backbone(**batch.inputs()).last_hidden_state  # (B, T, H)
+        pooled = pool(hidden, batch.attention_mask, batch.completion_mask, self.pooling)
+        return cast(Tensor, self.head(pooled.to(self.head_dtype))).squeeze(-1).float()
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        return next(self.head.parameters()).dtype
+
+
+class ClassifierRewardModel(nn.Module):
+    """A whole sequence classifier whose head cannot be told from its backbone (BERT-like encoders)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Raw rewards (B,), in fp32."""
+        return cast(Tensor, self.classifier(**batch.inputs()).logits).squeeze(-1).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded sequences. B sequences, T tokens."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) 1 for tokens, 0 for padding
+    completion_mask: Tensor  # (B, T) True for the completion's tokens
+    token_type_ids: Tensor | None = None  # (B, T)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What every transformers backbone takes."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_type_ids is None else {**inputs, "token_type_ids": self.token_type_ids}
+
+
+def collate(items: Sequence[Rendered], device: torch.device) -> Batch:
+    """Pads on the right with id 0; what stands in the padding never reaches a score."""
+    lengths = torch.tensor([len(item) for item in items])
+    width = int(lengths.max())
+    starts = torch.tensor([item.completion_start for item in items])
+    positions = torch.arange(width)
+    attention = positions < lengths[:, None]  # (B, T)
+    completion = attention & (positions >= starts[:, None])
+
+    def padded(rows: list[list[int]]) -> Tensor:
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+    types = [item.token_type_ids for item in items if item.token_type_ids is not None]
+    return Batch(
+        padded([item.ids for item in items]),
+        attention.long().to(device),
+        completion.to(device),
+        padded(types) if len(types) == len(items) else None,
+    )
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, completion_mask: Tensor, pooling: Sequence[Pooling]) -> Tensor:
+    """Concatenated poolings of `hidden` (B, T, H) -> (B, H × len(pooling)), in fp32.
+
+    `last` takes the last token by the attention mask (right padding), `mean` averages the completion's tokens.
+    """
+    hidden = hidden.float()
+    parts = []
+    for kind in pooling:
+        if kind == "last":
+            ends = attention_mask.sum(dim=1) - 1  # (B,)
+            parts.append(hidden[torch.arange(hidden.shape[0], device=hidden.device), ends])
+        else:
+            kept = completion_mask.unsqueeze(-1)  # (B, T, 1)
+            # where(), not a product: what the backbone computed for padding may be NaN.
+            total = torch.where(kept, hidden, 0.0).sum(dim=1)
+            parts.append(total / kept.sum(dim=1).clamp(min=1))
+    return torch.cat(parts, dim=-1)
+
+
+@dataclass(slots=True)
+class RewardModel:
+    """A loaded reward model: network, renderer and what is known of it."""
+
+    network: PooledRewardModel | ClassifierRewardModel
+    renderer: Renderer
+    manifest: Manifest
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.inference_mode()
+    def raw_rewards(self, items: Sequence[Rendered]) -> list[float]:
+        """One forward pass over all items. Raises ValueError on a reward that is not finite."""
+        rewards = self.network(collate(items, self.device))
+        if not bool(torch.isfinite(rewards).all()):
+            raise ValueError("the reward model gave a reward that is not finite")
+        return cast(list[float], rewards.tolist())
+
+
+def load_reward_model(
+    source: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> RewardModel:
+    """Loads and checks a reward model.
+
+    `source`: a folder, a hub id, or `default`. Raises `ModelLoadError` when weights of the head are missing, the
+    model has more than one label, or a stored probe scores differently.
+    """
+    folder = default_folder() if source == DEFAULT_REWARD_MODEL else Path(source).expanduser()
+    place = choose_device(device)
+    number = choose_dtype(dtype, place)
+    manifest = load_manifest(folder) if folder.is_dir() else None
+    loading = _Loading(place, number, trust_remote_code)
+    try:
+        with _quiet_transformers():
+            network: PooledRewardModel | ClassifierRewardModel
+            if manifest is not None and manifest.head.kind == "pooled":
+                network, tokenizer = loading.pooled(folder, manifest)
+            else:
+                name = str(folder) if folder.is_dir() else source
+                network, tokenizer = loading.sequence_classification(name)
+                manifest = manifest or _bare_manifest(source, network, tokenizer)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelLoadError(f"cannot load the reward model {source!r}: {error}") from error
+    network.to(device=place).eval().requires_grad_(False)
+    model = RewardModel(network, Renderer(tokenizer, manifest.template, manifest.max_length), manifest, place, number)
+    check_probes(model, source)
+    return model
+
+
+def default_folder() -> Path:
+    """Where the shipped reward model lies."""
+    return Path(__file__).parent / "default"
+
+
+def check_probes(model: RewardModel, source: str) -> None:
+    """Scores the manifest's probe texts. Raises `ModelLoadError` when one differs from what is stored."""
+    if not model.manifest.probes:
+        return
+    tolerance = PROBE_TOLERANCE if model.dtype == torch.float32 else HALF_PRECISION_PROBE_TOLERANCE
+    tolerance *= max(model.manifest.normalisation.std, 1e-6)
+    for number, probe in enumerate(model.manifest.probes):
+        try:
+            (reward,) = model.raw_rewards([model.renderer.render(probe.prompt, probe.completion)])
+        except ValueError as error:
+            raise ModelLoadError(f"{source}: probe {number}: {error}") from error
+        if abs(reward - probe.raw_reward) > tolerance:
+            raise ModelLoadError(
+                f"{source}: probe {number} scores {reward:.4f}, but {probe.raw_reward:.4f} is stored in reward.json "
+                f"(tolerance {tolerance:.4g}): the head, the base ({model.manifest.base}) or the tokenizer is not the "
+                "one this model was saved with"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """The three ways in, with the choices they share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": self.trust_remote_code}
+
+    def pooled(self, folder: Path, manifest: Manifest) -> tuple[PooledRewardModel, Any]:
+        from peft import PeftModel
+        from safetensors.torch import load_file
+
+        base = resolve_base(manifest.base)
+        backbone = load_backbone(base, manifest.head, **self._arguments())
+        if (folder / "adapter_config.json").is_file():
+            # Merged: scoring then costs what the bare base costs.
+            backbone = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
+        head_file = folder / HEAD_FILE
+        if not head_file.is_file():
+            raise ModelLoadError(f"{head_file} is missing: the reward head was not saved with this model")
+        head = new_head(hidden_size(backbone), manifest.head.pooling)
+        try:
+            head.load_state_dict(load_file(head_file))
+        except RuntimeError as error:
+            raise ModelLoadError(f"{head_file} does not hold this head: {error}") from error
+        tokenizer_home = str(folder) if (folder / "tokenizer_config.json").is_file() else base
+        return PooledRewardModel(backbone, head, manifest.head.pooling), self._tokenizer(tokenizer_home)
+
+    def sequence_classification(self, name: str) -> tuple[PooledRewardModel | ClassifierRewardModel, Any]:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        adapter = _adapter_config(name)
+        if adapter is not None:
+            classifier = self._adapter_classifier(name, adapter)
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+            if config.num_labels != 1:
+                raise ModelLoadError(
+                    f"{name} has {config.num_labels} labels; a reward model has one (config.json: id2label)"
+                )
+            classifier, info = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, **self._arguments()
+            )
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise ModelLoadError(
+                    f"{name} does not hold {', '.join(missing)}: the head would be random. Save the model with its "
+                    "classification head (PEFT: task_type SEQ_CLS)"
+                )
+        return wrap_classifier(classifier), self._tokenizer(name)
+
+    def _adapter_classifier(self, name: str, adapter: dict[str, Any]) -> nn.Module:
+        from peft import PeftModel
+        from safetensors import safe_open
+        from transformers import AutoModelForSequenceClassification
+
+        weights = Path(name) / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ModelLoadError(f"{weights} is missing (safetensors only)")
+        with safe_open(weights, framework="pt") as file:
+            if not any(".score." in key or ".classifier." in key for key in file.keys()):  # noqa: SIM118
+                raise ModelLoadError(
+                    f"{weights} holds no classification head: it would be random. Train with task_type SEQ_CLS"
+                )
+        base = adapter["base_model_name_or_path"]
+        extra = {} if adapter.get("num_layers") is None else {"num_hidden_layers": adapter["num_layers"]}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            resolve_base(base), num_labels=1, **extra, **self._arguments()
+        )
+        merged: nn.Module = PeftModel.from_pretrained(model, name).merge_and_unload()
+        return merged
+
+    def _tokenizer(self, name: str) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+
+
+def load_backbone(base: str, head: Head, **arguments: Any) -> nn.Module:
+    """The base without its language-model head, cut to `head.num_layers` layers; the final norm stays."""
+    from transformers import AutoModel
+
+    extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
+    backbone: nn.Module = AutoModel.from_pretrained(base, **extra, **arguments)
+    return backbone
+
+
+def hidden_size(backbone: nn.Module) -> int:
+    """Width of the backbone's hidden states."""
+    return int(cast(Any, backbone).config.hidden_size)
+
+
+def new_head(width: int, pooling: Sequence[Pooling]) -> nn.Linear:
+    """A linear head with N(0, 1/(d+1)) weights and no offset, as Ziegler et al. (arXiv 1909.08593) start theirs."""
+    inputs = width * len(pooling)
+    head = nn.Linear(inputs, 1)
+    nn.init.normal_(head.weight, std=(inputs + 1) ** -0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def wrap_classifier(classifier: nn.Module) -> PooledRewardModel | ClassifierRewardModel:
+    """Decoders keep their head in `score`: it is applied to positions of our own. Others run whole."""
+    score = getattr(classifier, "score", None)
+    backbone = getattr(classifier, str(getattr(classifier, "base_model_prefix", "")), None)
+    if isinstance(score, nn.Linear) and isinstance(backbone, nn.Module):
+        return PooledRewardModel(backbone, score, ("last",))
+    return ClassifierRewardModel(classifier)
+
+
+def choose_template(tokenizer: Any, *, is_encoder: bool) -> Template:
+    """`chat` where the tokenizer has a chat template, `pair` for encoders, else `plain`."""
+    if tokenizer.chat_template:
+        return "chat"
+    return "pair" if is_encoder else "plain"
+
+
+def choose_max_length(config: Any, tokenizer: Any) -> int:
+    """The longest input the model was made for, at most `MAX_LENGTH_CAP`."""
+    limits = [MAX_LENGTH_CAP, tokenizer.model_max_length]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa-like models count positions from pad_token_id + 1.
+        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+        limits.append(positions - offset)
+    return int(min(limits))
+
+
+def _bare_manifest(source: str, network: PooledRewardModel | ClassifierRewardModel, tokenizer: Any) -> Manifest:
+    """For published models without `reward.json`: raw rewards, template and length by the model's own files."""
+    is_encoder = isinstance(network, ClassifierRewardModel)
+    config = network.classifier.config if isinstance(network, ClassifierRewardModel) else network.backbone.config
+    return Manifest(
+        name=Path(source).name,
+        base=source,
+        head=Head(),
+        template=choose_template(tokenizer, is_encoder=is_encoder),
+        max_length=choose_max_length(config, tokenizer),
+    )
+
+
+def _adapter_config(name: str) -> dict[str, Any] | None:
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
+        raise ModelLoadError(f"{path}: base_model_name_or_path is missing: the adapter does not say what it adapts")
+    return config
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides transformers' load report and progress bars: we check missing weights ourselves and raise."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bar:
+            transformers_logging.enable_progress_bar()

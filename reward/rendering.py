@@ -1,0 +1,187 @@
+"""(prompt, completion) -> token ids, with a mark where the completion starts.
+
+The one place where text becomes ids: training, serving, evaluation and PPO all call it, so a score can
+never depend on who asked. Three templates:
+
+* `chat`: the tokenizer's own chat template, rendered once and tokenised once (no second BOS);
+* `plain`: `User: …` / `Assistant: …` paragraphs, for tokenizers without a chat template;
+* `pair`: `tokenizer(prompt, completion)`, for encoders trained on sentence pairs.
+
+Too long for the model: the prompt is cut from its beginning, the completion is kept whole; a completion
+that is too long by itself loses its middle. Either is reported as `truncated`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from feedback.records import Message, Messages
+from reward.errors import InputError
+
+Template = Literal["chat", "plain", "pair"]
+
+_PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool", "function": "Tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One sequence, ready for the model."""
+
+    ids: list[int]
+    completion_start: int
+    """`ids[completion_start:]` is the completion with whatever the template puts around its end. Never empty."""
+    token_type_ids: list[int] | None
+    """Segment ids where the model wants them (`pair`), else None."""
+    truncated: bool
+    prompt_tokens: int
+    """Before any cut."""
+    completion_tokens: int
+    """Before any cut."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Renderer:
+    """Renders for one tokenizer. Holds no state between calls; safe to use from several threads."""
+
+    def __init__(self, tokenizer: Any, template: Template, max_length: int) -> None:
+        """`tokenizer`: a fast `transformers` tokenizer. Raises `InputError` when the template cannot work with it."""
+        if template == "chat" and not tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template; use the plain template")
+        if not tokenizer.is_fast:
+            raise InputError(f"{type(tokenizer).__name__} has no fast (Rust) version, which gives token offsets")
+        self._tokenizer = tokenizer
+        self._native_tool_calls = template == "chat" and "tool_calls" in str(tokenizer.chat_template)
+        self.template: Template = template
+        self.max_length = max_length
+
+    def render(self, prompt: Messages, completion: Messages) -> Rendered:
+        """Raises `InputError` when the template refuses these messages."""
+        prompt_messages = self._normalise(prompt)
+        completion_messages = self._normalise(completion)
+        if self.template == "pair":
+            return self._render_pair(prompt_messages, completion_messages)
+        if self.template == "chat":
+            text, boundary = self._chat_text(prompt_messages, completion_messages)
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids: list[int] = list(encoded["input_ids"])
+        else:
+            text, boundary = _plain_text(prompt_messages, completion_messages)
+            encoded = self._tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+            ids = list(encoded["input_ids"])
+            end = self._tokenizer.eos_token_id
+            if end is not None and ids[-1:] != [end]:
+                ids.append(end)
+        # The first token that reaches past the boundary starts the completion. Added special tokens have the
+        # offsets (0, 0); at the end they belong to the completion, so the search runs over running maxima.
+        ends: list[int] = []
+        for _, end_offset in encoded["offset_mapping"]:
+            ends.append(max(end_offset, ends[-1] if ends else 0))
+        start = min(bisect_right(ends, boundary), len(ids) - 1)
+        return self._fit(ids, start)
+
+    def _fit(self, ids: list[int], start: int) -> Rendered:
+        prompt, completion = ids[:start], ids[start:]
+        counts = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
+        if len(ids) <= self.max_length:
+            return Rendered(ids, start, None, truncated=False, **counts)
+        completion = _without_middle(completion, self.max_length)
+        room = self.max_length - len(completion)
+        bos = self._tokenizer.bos_token_id
+        if room == 0:
+            kept: list[int] = []
+        elif bos is not None and prompt[:1] == [bos] and room > 1:
+            kept = [bos, *prompt[len(prompt) - room + 1 :]]
+        else:
+            kept = prompt[len(prompt) - room :]
+        return Rendered(kept + completion, len(kept), None, truncated=True, **counts)
+
+    def _render_pair(self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> Rendered:
+        first, second = _pair_text(prompt), _pair_text(completion)
+        first_ids = self._tokenizer(first, add_special_tokens=False)["input_ids"]
+        second_ids = self._tokenizer(second, add_special_tokens=False)["input_ids"]
+        counts = {"prompt_tokens": len(first_ids), "completion_tokens": len(second_ids)}
+        specials = self._tokenizer.num_special_tokens_to_add(pair=True)
+        truncated = len(first_ids) + len(second_ids) + specials > self.max_length
+        if truncated:
+            second_ids = _without_middle(second_ids, self.max_length - specials)
+            room = self.max_length - specials - len(second_ids)
+            first_ids = first_ids[len(first_ids) - room :] if room else []
+            encoded = self._tokenizer.prepare_for_model(first_ids, second_ids, return_token_type_ids=True)
+        else:
+            encoded = self._tokenizer(first, second, return_token_type_ids=True)
+        ids = list(encoded["input_ids"])
+        # Both layouts in use ([CLS] a [SEP] b [SEP] and <s> a </s></s> b </s>) end with b and one separator.
+        start = max(len(ids) - len(second_ids) - 1, 0)
+        wants_types = "token_type_ids" in self._tokenizer.model_input_names
+        types = list(encoded["token_type_ids"]) if wants_types else None
+        return Rendered(ids, start, types, truncated, **counts)
+
+    def _chat_text(self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> tuple[str, int]:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            asked = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            whole = self._tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise InputError(f"the reward model's chat template refuses these messages: {error}") from error
+        # Some templates change earlier turns once an answer follows; the shared beginning is right for all.
+        return whole, _shared_length(asked, whole)
+
+    def _normalise(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [self._normalise_message(message) for message in messages]
+
+    def _normalise_message(self, message: Message) -> dict[str, Any]:
+        role = "system" if message["role"] == "developer" else message["role"]
+        text = content_text(message)
+        calls = message.get("tool_calls") or []
+        if calls and self._native_tool_calls:
+            return {**message, "role": role, "content": text}
+        if calls:
+            written = [json.dumps(call.get("function", call), ensure_ascii=False, sort_keys=True) for call in calls]
+            text = "\n".join([text, *written] if text else written)
+        return {"role": role, "content": text}
+
+
+def content_text(message: Message) -> str:
+    """The words of a message: its content, its text parts joined, or its refusal. Other parts have no words."""
+    content = message.get("content")
+    if content is None:
+        return message.get("refusal") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part["text"]) for part in content if isinstance(part.get("text"), str))
+
+
+def _plain_text(prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> tuple[str, int]:
+    def paragraph(message: dict[str, Any]) -> str:
+        return f"{_PLAIN_NAMES.get(message['role'], 'User')}: {message['content']}"
+
+    asked = "\n\n".join(map(paragraph, prompt)) + f"\n\n{_PLAIN_NAMES[completion[0]['role']]}:"
+    whole = "\n\n".join(map(paragraph, [*prompt, *completion]))
+    return whole, len(asked)
+
+
+def _pair_text(messages: list[dict[str, Any]]) -> str:
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{_PLAIN_NAMES.get(m['role'], 'User')}: {m['content']}" for m in messages)
+
+
+def _shared_length(a: str, b: str) -> int:
+    """Characters that two strings have in common from their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
+
+
+def _without_middle(ids: list[int], length: int) -> list[int]:
+    if len(ids) <= length:
+        return ids
+    tail = length // 2
+    return ids[: length - tail] + ids[len(ids) - tail :]

@@ -1,0 +1,79 @@
+"""Fixtures that several rooms' tests share: a proxy over real HTTP, between a fake upstream and a fake scorer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+from prometheus_client import CollectorRegistry
+
+from proxy.app import create_app
+from proxy.config import load_settings
+from proxy.upstreams.hosted import HostedUpstream
+from tests.fakes.scorer import FakeScorer
+from tests.fakes.serving import serving
+from tests.fakes.upstream import FakeUpstream
+
+
+@dataclass
+class RunningProxy:
+    """A proxy that listens, with what lies before and behind it."""
+
+    url: str
+    upstream: FakeUpstream
+    scorer: FakeScorer
+    registry: CollectorRegistry
+    client: openai.OpenAI
+    """With no retries: a test wants to see the first answer."""
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+StartProxy = Callable[..., RunningProxy]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the person who runs the tests must not steer them."""
+    for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def start_proxy() -> Iterator[StartProxy]:
+    """Starts proxies; keyword arguments are sections of the settings. All are stopped after the test."""
+    with contextlib.ExitStack() as running:
+
+        def start(**sections: dict[str, Any]) -> RunningProxy:
+            upstream = FakeUpstream()
+            upstream_url = running.enter_context(serving(upstream))
+            running.callback(upstream.release)
+            flags = dict(sections)
+            flags["upstream"] = {"url": f"{upstream_url}/v1"} | flags.get("upstream", {})
+            settings = load_settings(flags=flags)
+            scorer = FakeScorer()
+            registry = CollectorRegistry()
+            app = create_app(
+                settings,
+                upstream=HostedUpstream(settings.upstream),
+                scorers={scorer.name: scorer},
+                default_scorer=scorer.name,
+                registry=registry,
+            )
+            url = running.enter_context(serving(app))
+            client = running.enter_context(
+                openai.OpenAI(base_url=f"{url}/v1", api_key="client-key", max_retries=0, timeout=30)
+            )
+            return RunningProxy(url, upstream, scorer, registry, client)
+
+        yield start
+
+
+@pytest.fixture
+def proxy(start_proxy: StartProxy) -> RunningProxy:
+    return start_proxy()

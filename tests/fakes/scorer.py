@@ -1,0 +1,45 @@
+"""A scorer whose rewards can be read off the text: words `good` less words `bad`. Faults on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from feedback.records import Message, Messages
+from reward.scorer import Score
+
+
+class FakeScorer:
+    def __init__(self, name: str = "fake") -> None:
+        self.name = name
+        self.ready = False
+        self.failure: Exception | None = None
+        """Raised by every call while set."""
+        self.scored: list[tuple[Messages, Sequence[Messages]]] = []
+        self.has_references = True
+
+    async def start(self) -> None:
+        self.ready = True
+
+    async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
+        self.scored.append((prompt, completions))
+        if self.failure is not None:
+            raise self.failure
+        return [self._score(completion[-1]) for completion in completions]
+
+    def reward_at_percentile(self, percentile: float) -> float | None:
+        return percentile / 10 - 5 if self.has_references else None
+
+    async def aclose(self) -> None:
+        self.ready = False
+
+    def _score(self, message: Message) -> Score:
+        words = str(message.get("content") or "").split()
+        reward = float(words.count("good") - words.count("bad"))
+        return Score(
+            reward=reward,
+            raw_reward=reward * 2,
+            percentile=min(100.0, max(0.0, 50 + 10 * reward)),
+            truncated=False,
+            prompt_tokens=1,
+            completion_tokens=len(words),
+        )

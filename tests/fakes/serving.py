@@ -1,0 +1,56 @@
+"""Runs an ASGI app on a free loopback port, in a thread with a loop of its own, as a real server would run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+_WAIT_S = 30
+
+
+class _Server(uvicorn.Server):
+    """Says when it has started, so that nobody has to poll."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self.up.set()
+
+    async def main_loop(self) -> None:
+        # The original looks ten times a second whether it should end.
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The server's base URL, without a path."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, lifespan="on", log_level="error", timeout_graceful_shutdown=1, server_header=False, access_log=False
+    )
+    server = _Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    try:
+        assert server.up.wait(_WAIT_S), "the server did not start"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.stop()
+        thread.join(_WAIT_S)
+        listening.close()
+        assert not thread.is_alive(), "the server did not stop"

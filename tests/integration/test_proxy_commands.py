@@ -1,0 +1,149 @@
+"""`winnow serve`, `ask` and the command tree, as a person runs them: processes, exit codes, one line of complaint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.conftest import RunningProxy
+from tests.fakes.serving import serving
+from tests.fakes.upstream import FakeUpstream, Reply
+
+COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", "winnow"]
+TIMEOUT_S = 60
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ | environment
+    )
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process and its base URL, once it has said that it serves."""
+    process = subprocess.Popen([*COMMAND, "serve", "--port", "0", *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    guard = threading.Timer(TIMEOUT_S, process.kill)
+    guard.start()
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if match := re.search(r"http://\S+/v1", line):
+                yield process, match[0]
+                break
+        else:
+            raise AssertionError(said)
+    finally:
+        guard.cancel()
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_serve_ask_and_ctrl_c() -> None:
+    upstream = FakeUpstream()
+    upstream.script = lambda received: Reply(texts=("one", "two", "three", "four"))
+    with serving(upstream) as url, started("--upstream-url", f"{url}/v1", "--reward-model", "none") as (process, base):
+        with openai.OpenAI(base_url=base, api_key="k") as client:
+            raw = client.chat.completions.with_raw_response.create(
+                model="m", messages=[{"role": "user", "content": "x"}]
+            )
+        assert raw.parse().choices[0].message.content == "one"
+        assert raw.headers["x-winnow-scored"] == "false"
+        asked = run("ask", "Why?", "--base-url", base, "--best-of", "3", "--json")
+        assert asked.returncode == 0, asked.stderr
+        assert len(json.loads(asked.stdout)["winnow"]["candidates"]) == 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_ask_prints_every_candidate_and_marks_the_winner(proxy: RunningProxy) -> None:
+    proxy.upstream.script = lambda received: Reply(texts=("bad", "so [bold]so", "good good", ""))
+    asked = run("ask", "Why?", "--base-url", f"{proxy.url}/v1")
+    assert asked.returncode == 0, asked.stderr
+    rows = [line for line in asked.stdout.splitlines() if line.startswith("│")]
+    assert len(rows) == 4
+    assert "★" in rows[0] and "good good" in rows[0] and "2.000" in rows[0]
+    assert "so [bold]so" in rows[1]
+    assert "empty" in rows[3]
+    assert proxy.upstream.received[0].body["model"] == "fake-model"
+
+
+def test_ask_without_a_proxy_is_one_line() -> None:
+    asked = run("ask", "Why?", "--base-url", "http://127.0.0.1:9/v1")
+    assert asked.returncode == 1
+    assert asked.stderr.strip().splitlines() == [
+        "winnow: no proxy answers at http://127.0.0.1:9/v1; start one with `winnow serve`"
+    ]
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_taken_port_is_one_line(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        served = run(command, "--port", port)
+    assert served.returncode == 2
+    assert len(served.stderr.strip().splitlines()) == 1
+    assert f"127.0.0.1:{port}" in served.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("serve", "--best-of", "x"), "--best-of"),
+        (("serve", "--best-of", "0"), "route.best_of"),
+        (("serve", "--on-reject", "shrug"), "route.on_reject"),
+        (("serve", "--config", "/nowhere/w.yaml"), "/nowhere/w.yaml"),
+        (("serve", "--upstream-url", "host/v1"), "upstream.url"),
+        (("nothing",), "nothing"),
+        (("ask",), "TEXT"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(arguments: tuple[str, ...], complaint: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert complaint in done.stderr
+
+
+def test_an_open_door_to_the_upstreams_key_is_refused() -> None:
+    done = run("serve", "--upstream-url", "http://h/v1", "--host", "0.0.0.0", WINNOW_UPSTREAM_KEY="very-secret")
+    assert done.returncode == 2
+    assert "server.api_keys" in done.stderr
+    assert "very-secret" not in done.stderr + done.stdout
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    listing = "import sys; from winnow.__main__ import run\ntry: run(['--help'])\nexcept SystemExit: pass\n"
+    heavy = "print([m for m in ('torch', 'transformers', 'fastapi', 'openai', 'aiohttp') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", listing + heavy], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.stdout.strip().endswith("[]"), done.stderr
+    assert all(command in done.stdout for command in ("serve", "ask", "demo", "score", "reward", "train"))
+    version = run("--version")
+    assert version.returncode == 0 and version.stdout.strip()[0].isdigit()
+
+
+def test_every_command_of_ours_has_an_example() -> None:
+    for command in ("serve", "ask", "demo"):
+        done = run(command, "--help")
+        assert done.returncode == 0 and "Example: winnow" in done.stdout
+
+
+def test_the_proxy_starts_without_torch() -> None:
+    heavy = "[m for m in ('torch', 'transformers') if m in sys.modules]"
+    code = f"import sys, proxy.app, proxy.upstreams.hosted; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.stdout.strip() == "[]", done.stderr

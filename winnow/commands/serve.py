@@ -1,0 +1,202 @@
+"""`winnow serve`: builds the proxy's parts from settings and runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from winnow.console import CommandError, progress_console
+from winnow.version import __version__
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+    from prometheus_client import CollectorRegistry
+
+    from proxy.config import Settings
+    from proxy.upstreams.base import Upstream
+    from reward.scorer import Scorer
+
+
+_BACKLOG = 2048
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    host: str | None = typer.Option(None, help="Address to listen on.  [default: 127.0.0.1]"),
+    port: int | None = typer.Option(None, help="Port to listen on.  [default: 8000]"),
+    upstream_url: str | None = typer.Option(None, help="OpenAI-compatible base URL. Without: the embedded model."),
+    upstream_key: str | None = typer.Option(None, help="Key for the upstream; better given as WINNOW_UPSTREAM_KEY."),
+    local_model: str | None = typer.Option(None, help="Folder, hub id or package:NAME of the embedded model."),
+    reward_model: str | None = typer.Option(None, help="Folder, hub id, `default` or `none`."),
+    best_of: int | None = typer.Option(None, help="Candidates a request.  [default: 4]"),
+    min_reward: str | None = typer.Option(None, help="Least reward to accept: a number, or a percentile: p20."),
+    on_reject: str | None = typer.Option(None, help="best, refuse, error or fallback."),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda, cuda:1, mps."),
+    dtype: str | None = typer.Option(None, help="auto, float32, bfloat16, float16."),
+) -> None:
+    """The proxy: best-of-N behind an OpenAI base URL.
+
+    Example: winnow serve --upstream-url https://host/v1 --best-of 8 --port 8000
+    """
+    settings = settings_from(
+        config,
+        {
+            "server": {"host": host, "port": port},
+            "upstream": {"url": upstream_url, "key": upstream_key},
+            "local": {"model": local_model},
+            "reward": {"model": reward_model},
+            "route": {"best_of": best_of, "min_reward": _number_or_percentile(min_reward), "on_reject": on_reject},
+            "device": device,
+            "dtype": dtype,
+        },
+    )
+    run_server(settings, lambda server, address: progress_console().print(f"winnow serves {address}/v1"))
+
+
+def settings_from(config: Path | None, flags: dict[str, Any]) -> Settings:
+    """Raises `CommandError`."""
+    from proxy.config import ConfigError, load_settings
+
+    try:
+        return load_settings(config, _given(flags))
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def run_server(settings: Settings, on_ready: Callable[[uvicorn.Server, str], None]) -> None:
+    """Serves until a signal. `on_ready` is called once, when requests are answered, with the server and its address.
+
+    Raises `CommandError` when the port is taken or a model cannot be loaded.
+    """
+    from reward.errors import RewardError
+
+    listening = listen(settings.server.host, settings.server.port)
+    try:
+        with listening:
+            asyncio.run(_serve(settings, listening, on_ready))
+    except KeyboardInterrupt:
+        return  # The usual way to end a server: it has drained by now.
+    except (RewardError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bound before anything slow is loaded. Raises `CommandError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CommandError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        hint = f"; is another server running there? Try --port {port + 1}" if port < 65535 else ""
+        raise CommandError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
+    return listening
+
+
+def build_app(settings: Settings, registry: CollectorRegistry) -> FastAPI:
+    """The proxy with its real parts. Raises `CommandError` where a part's own needs are not installed."""
+    from proxy.app import create_app
+
+    upstream = _upstream(settings)
+    scorers = _scorers(settings, registry)
+    return create_app(
+        settings,
+        upstream=upstream,
+        scorers=scorers,
+        default_scorer=next(iter(scorers), None),
+        registry=registry,
+        version=__version__,
+    )
+
+
+async def _serve(settings: Settings, listening: socket.socket, on_ready: Callable[[uvicorn.Server, str], None]) -> None:
+    import uvicorn
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    app = build_app(settings, registry)
+    config = uvicorn.Config(
+        app,
+        # The lifespan is entered here, so that a model that cannot be loaded is one line and not a traceback.
+        lifespan="off",
+        timeout_graceful_shutdown=settings.server.shutdown_s,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+    )
+    server = uvicorn.Server(config)
+    async with contextlib.AsyncExitStack() as opened:
+        with progress_console().status("Loading models …"):
+            await opened.enter_async_context(app.router.lifespan_context(app))
+        # The socket listens before the server starts: whoever is told now and asks at once waits in its backlog.
+        listening.listen(_BACKLOG)
+        on_ready(server, _address(listening))
+        await server.serve(sockets=[listening])
+
+
+def _upstream(settings: Settings) -> Upstream:
+    if settings.upstream.url is not None:
+        from proxy.upstreams.hosted import HostedUpstream
+
+        return HostedUpstream(settings.upstream)
+    with _needs("the embedded model", "or name an upstream with --upstream-url"):
+        from proxy.upstreams.local import LocalUpstream
+    return LocalUpstream(settings.local.model, device=settings.device, dtype=settings.dtype)
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _scorers(settings: Settings, registry: CollectorRegistry) -> dict[str, Scorer]:
+    if settings.reward.model == "none":
+        return {}
+    with _needs("the reward model", "or set reward.model to none"):
+        from reward.local import LocalScorer
+        from reward.metrics import ScoreMetrics
+    scorer = LocalScorer(
+        settings.reward.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        metrics=ScoreMetrics(registry),
+        trust_remote_code=settings.reward.trust_remote_code,
+    )
+    return {scorer.name: scorer}
+
+
+@contextlib.contextmanager
+def _needs(what: str, otherwise: str) -> Iterator[None]:
+    """The proxy itself runs without torch: only who wants a model in the process needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{what} needs {error.name}: install winnow[reward], {otherwise}") from error
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that were not given must not hide the environment and the file."""
+    given = {}
+    for name, value in flags.items():
+        kept = _given(value) if isinstance(value, dict) else value
+        if kept is not None and kept != {}:
+            given[name] = kept
+    return given
+
+
+def _number_or_percentile(value: str | None) -> float | str | None:
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
