@@ -9,11 +9,12 @@ import gzip
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar, cast
 
 from feedback.records import RecordError
 
@@ -50,6 +51,9 @@ def read_records(
             try:
                 if isinstance(record, json.JSONDecodeError):
                     raise RecordError(f"column {record.colno}", record.msg)
+                if isinstance(record, Exception):
+                    # Numbers or nesting past what Python's parser takes.
+                    raise RecordError("record", f"cannot be decoded: {record}")
                 if not isinstance(record, Mapping):
                     raise RecordError("record", "must be a JSON object")
                 yield parse(record)
@@ -61,7 +65,12 @@ def read_records(
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes JSON lines (gzipped for `.gz`) and returns how many. The file appears only when whole."""
+    """Writes JSON lines (gzipped for `.gz`) and returns how many. The file appears only when whole.
+
+    Raises `DataError` for a name that `read_records` would take for another format.
+    """
+    if path.suffix == ".parquet":
+        raise DataError(f"{path}: records are written as JSON lines: name the file .jsonl or .jsonl.gz")
     count = 0
     with replacing(path) as partial, _open_text(partial, "wt", gzipped=path.suffix == ".gz") as file:
         for record in records:
@@ -99,9 +108,9 @@ def _objects(path: Path) -> Iterator[tuple[int, object]]:
                     continue
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield number, error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from error
 
 
@@ -129,6 +138,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _open_text(path: Path, mode: str, *, gzipped: bool) -> IO[Any]:
-    opened: IO[Any] = gzip.open(path, mode, encoding="utf-8") if gzipped else path.open(mode, encoding="utf-8")
-    return opened
+def _open_text(path: Path, mode: Literal["rt", "wt"], *, gzipped: bool) -> IO[str]:
+    if gzipped:
+        return cast(IO[str], gzip.open(path, mode, encoding="utf-8"))  # the caller closes it
+    return path.open(mode, encoding="utf-8")

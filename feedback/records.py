@@ -7,6 +7,7 @@ a plain string is accepted wherever a list of messages stands.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict
@@ -98,7 +99,7 @@ def parse_prompt(record: Mapping[str, Any]) -> Prompt:
 
 def parse_demonstration(record: Mapping[str, Any]) -> Demonstration:
     """Accepts `prompt` + `completion`, or `messages` whose last turn is the assistant's. Raises `RecordError`."""
-    if "messages" in record and "prompt" not in record:
+    if record.get("messages") is not None and record.get("prompt") is None:
         messages = _messages(record, "messages", "user")
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise RecordError("messages", "must hold a prompt and end with an assistant message")
@@ -112,8 +113,13 @@ def parse_preference(record: Mapping[str, Any]) -> Preference:
     """Raises `RecordError`."""
     chosen = _messages(record, "chosen", "assistant")
     rejected = _messages(record, "rejected", "assistant")
-    if "prompt" in record:
+    if record.get("prompt") is not None:
         prompt = _messages(record, "prompt", "user")
+        if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+            # Whole conversations beside their prompt, as published sets have them: TRL cuts the repetition too.
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            if not chosen or not rejected:
+                raise RecordError("chosen", "chosen or rejected ends with the prompt")
     else:
         # TRL's implicit prompt: both conversations are whole and share their beginning.
         shared = _shared_prefix(chosen, rejected)
@@ -146,7 +152,7 @@ def parse_ranking(record: Mapping[str, Any]) -> Ranking:
 def parse_completions(record: Mapping[str, Any]) -> Completions:
     """Accepts `completion` (one) or `completions` (several). Raises `RecordError`."""
     prompt = _messages(record, "prompt", "user")
-    if "completions" in record:
+    if record.get("completions") is not None:
         return Completions(prompt, _completions(record), **_identity(record))
     return Completions(prompt, [_messages(record, "completion", "assistant")], **_identity(record))
 
@@ -169,17 +175,30 @@ def parse_messages(value: object, field: str, role: str) -> list[Message]:
         where = f"{field}[{position}]"
         if not isinstance(message, Mapping):
             raise RecordError(where, "must be an object with role and content")
-        if message.get("role") not in ROLES:
-            raise RecordError(f"{where}.role", f"{message.get('role')!r} is not one of {', '.join(sorted(ROLES))}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RecordError(f"{where}.role", f"{role!r} is not one of {', '.join(sorted(ROLES))}")
         content = message.get("content")
         if content is not None and not isinstance(content, str | list):
             raise RecordError(f"{where}.content", "must be a string, a list of parts or null")
+        _check_objects(None if isinstance(content, str) else content, f"{where}.content")
+        _check_objects(message.get("tool_calls"), f"{where}.tool_calls")
         messages.append(message)  # type: ignore[arg-type]  # checked member by member above
     return messages
 
 
+def _check_objects(value: object, field: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise RecordError(field, "must be a list of objects")
+    for position, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise RecordError(f"{field}[{position}]", "must be an object")
+
+
 def _messages(record: Mapping[str, Any], field: str, role: str) -> list[Message]:
-    if field not in record:
+    if record.get(field) is None:
         raise RecordError(field, "is missing")
     return parse_messages(record[field], field, role)
 
@@ -203,8 +222,8 @@ def _number(record: Mapping[str, Any], field: str) -> float | None:
     value = record.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise RecordError(field, "must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecordError(field, "must be a finite number")
     return float(value)
 
 

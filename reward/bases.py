@@ -79,9 +79,12 @@ def _converted(package: str, gguf: Path, cache_dir: Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _convert_gguf(gguf, partial)
-        # A second process may have finished first: its folder is as good as ours.
-        with contextlib.suppress(OSError):
+        try:
             partial.rename(folder)
+        except OSError:
+            # A second process may have finished first: its folder is as good as ours.
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

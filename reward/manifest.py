@@ -36,6 +36,8 @@ class Head:
     """Concatenated: the last token, the mean over the completion."""
     num_layers: int | None = None
     """Layers of the base that are kept; None keeps all."""
+    domains: tuple[str, ...] = ()
+    """One linear head each, mixed by a gate that sees the prompt only; empty for a single head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def _parse(record: dict[str, Any]) -> Manifest:
     return Manifest(
         name=record["name"],
         base=record["base"],
-        head=Head(head["kind"], tuple(head["pooling"]), head["num_layers"]),
+        head=Head(head["kind"], tuple(head["pooling"]), head["num_layers"], tuple(head["domains"])),
         template=record["template"],
         max_length=record["max_length"],
         normalisation=Normalisation(scale["mean"], scale["std"], tuple(scale["quantiles"])),

@@ -5,27 +5,34 @@ Three shapes on disk load to one class (see docs/decisions/0001-pooled-head.md):
 * a one-label `AutoModelForSequenceClassification` folder or hub id, encoder or decoder;
 * a PEFT adapter of one, naming its base;
 * a base (referenced, not copied) with a head of ours and optionally a LoRA adapter, as `reward.json` says.
-
-Positions come from lengths, never from token ids: transformers' own classification heads look for the
-first pad token, and where pad = EOS they read the score one token early.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reward.bases import resolve_base
 from reward.devices import choose_device, choose_dtype
 from reward.errors import ModelLoadError
-from reward.manifest import Head, Manifest, Pooling, load_manifest
+from reward.manifest import Head, Manifest, load_manifest
+from reward.network import (
+    ClassifierRewardModel,
+    PooledRewardModel,
+    batches_by_length,
+    build_head,
+    collate,
+    hidden_size,
+    load_backbone,
+    wrap_classifier,
+)
 from reward.rendering import Rendered, Renderer, Template
 
 DEFAULT_REWARD_MODEL = "default"
@@ -37,93 +44,6 @@ MAX_LENGTH_CAP = 4096
 PROBE_TOLERANCE = 1e-3
 HALF_PRECISION_PROBE_TOLERANCE = 0.1
 """How far a stored probe may be off on load, in deviations of the raw reward, in fp32 and in bf16 or fp16."""
-
-
-class PooledRewardModel(nn.Module):
-    """Backbone, pooled hidden states, one linear head."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, pooling: Sequence[Pooling]) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.pooling = tuple(pooling)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Raw rewards (B,), in fp32."""
-        hidden = self.backbone(**batch.inputs()).last_hidden_state  # (B, T, H)
-        pooled = pool(hidden, batch.attention_mask, batch.completion_mask, self.pooling)
-        return cast(Tensor, self.head(pooled.to(self.head_dtype))).squeeze(-1).float()
-
-    @property
-    def head_dtype(self) -> torch.dtype:
-        return next(self.head.parameters()).dtype
-
-
-class ClassifierRewardModel(nn.Module):
-    """A whole sequence classifier whose head cannot be told from its backbone (BERT-like encoders)."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Raw rewards (B,), in fp32."""
-        return cast(Tensor, self.classifier(**batch.inputs()).logits).squeeze(-1).float()
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Right-padded sequences. B sequences, T tokens."""
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T) 1 for tokens, 0 for padding
-    completion_mask: Tensor  # (B, T) True for the completion's tokens
-    token_type_ids: Tensor | None = None  # (B, T)
-
-    def inputs(self) -> dict[str, Tensor]:
-        """What every transformers backbone takes."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return inputs if self.token_type_ids is None else {**inputs, "token_type_ids": self.token_type_ids}
-
-
-def collate(items: Sequence[Rendered], device: torch.device) -> Batch:
-    """Pads on the right with id 0; what stands in the padding never reaches a score."""
-    lengths = torch.tensor([len(item) for item in items])
-    width = int(lengths.max())
-    starts = torch.tensor([item.completion_start for item in items])
-    positions = torch.arange(width)
-    attention = positions < lengths[:, None]  # (B, T)
-    completion = attention & (positions >= starts[:, None])
-
-    def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-
-    types = [item.token_type_ids for item in items if item.token_type_ids is not None]
-    return Batch(
-        padded([item.ids for item in items]),
-        attention.long().to(device),
-        completion.to(device),
-        padded(types) if len(types) == len(items) else None,
-    )
-
-
-def pool(hidden: Tensor, attention_mask: Tensor, completion_mask: Tensor, pooling: Sequence[Pooling]) -> Tensor:
-    """Concatenated poolings of `hidden` (B, T, H) -> (B, H × len(pooling)), in fp32.
-
-    `last` takes the last token by the attention mask (right padding), `mean` averages the completion's tokens.
-    """
-    hidden = hidden.float()
-    parts = []
-    for kind in pooling:
-        if kind == "last":
-            ends = attention_mask.sum(dim=1) - 1  # (B,)
-            parts.append(hidden[torch.arange(hidden.shape[0], device=hidden.device), ends])
-        else:
-            kept = completion_mask.unsqueeze(-1)  # (B, T, 1)
-            # where(), not a product: what the backbone computed for padding may be NaN.
-            total = torch.where(kept, hidden, 0.0).sum(dim=1)
-            parts.append(total / kept.sum(dim=1).clamp(min=1))
-    return torch.cat(parts, dim=-1)
 
 
 @dataclass(slots=True)
@@ -143,6 +63,20 @@ class RewardModel:
         if not bool(torch.isfinite(rewards).all()):
             raise ValueError("the reward model gave a reward that is not finite")
         return cast(list[float], rewards.tolist())
+
+    def score_all(
+        self,
+        items: Sequence[Rendered],
+        max_batch_tokens: int = 16_384,
+        on_progress: Callable[[int], None] = lambda count: None,
+    ) -> list[float]:
+        """Raw rewards of any number of items, in order: batches of similar length, for offline work."""
+        rewards = [0.0] * len(items)
+        for batch in batches_by_length([len(item) for item in items], max_batch_tokens):
+            for index, reward in zip(batch, self.raw_rewards([items[i] for i in batch]), strict=True):
+                rewards[index] = reward
+            on_progress(len(batch))
+        return rewards
 
 
 def load_reward_model(
@@ -165,7 +99,8 @@ def load_reward_model(
                 network, tokenizer = loading.pooled(folder, manifest)
             else:
                 name = str(folder) if folder.is_dir() else source
-                network, tokenizer = loading.sequence_classification(name)
+                num_layers = manifest.head.num_layers if manifest else None
+                network, tokenizer = loading.sequence_classification(name, num_layers)
                 manifest = manifest or _bare_manifest(source, network, tokenizer)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelLoadError(f"cannot load the reward model {source!r}: {error}") from error
@@ -222,7 +157,7 @@ class _Loading:
         head_file = folder / HEAD_FILE
         if not head_file.is_file():
             raise ModelLoadError(f"{head_file} is missing: the reward head was not saved with this model")
-        head = new_head(hidden_size(backbone), manifest.head.pooling)
+        head = build_head(hidden_size(backbone), manifest.head)
         try:
             head.load_state_dict(load_file(head_file))
         except RuntimeError as error:
@@ -230,12 +165,14 @@ class _Loading:
         tokenizer_home = str(folder) if (folder / "tokenizer_config.json").is_file() else base
         return PooledRewardModel(backbone, head, manifest.head.pooling), self._tokenizer(tokenizer_home)
 
-    def sequence_classification(self, name: str) -> tuple[PooledRewardModel | ClassifierRewardModel, Any]:
+    def sequence_classification(
+        self, name: str, num_layers: int | None
+    ) -> tuple[PooledRewardModel | ClassifierRewardModel, Any]:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         adapter = _adapter_config(name)
         if adapter is not None:
-            classifier = self._adapter_classifier(name, adapter)
+            classifier = self._adapter_classifier(name, adapter, num_layers)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
             if config.num_labels != 1:
@@ -253,7 +190,7 @@ class _Loading:
                 )
         return wrap_classifier(classifier), self._tokenizer(name)
 
-    def _adapter_classifier(self, name: str, adapter: dict[str, Any]) -> nn.Module:
+    def _adapter_classifier(self, name: str, adapter: dict[str, Any], num_layers: int | None) -> nn.Module:
         from peft import PeftModel
         from safetensors import safe_open
         from transformers import AutoModelForSequenceClassification
@@ -267,7 +204,7 @@ class _Loading:
                     f"{weights} holds no classification head: it would be random. Train with task_type SEQ_CLS"
                 )
         base = adapter["base_model_name_or_path"]
-        extra = {} if adapter.get("num_layers") is None else {"num_hidden_layers": adapter["num_layers"]}
+        extra = {} if num_layers is None else {"num_hidden_layers": num_layers}
         model = AutoModelForSequenceClassification.from_pretrained(
             resolve_base(base), num_labels=1, **extra, **self._arguments()
         )
@@ -278,38 +215,6 @@ class _Loading:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-
-
-def load_backbone(base: str, head: Head, **arguments: Any) -> nn.Module:
-    """The base without its language-model head, cut to `head.num_layers` layers; the final norm stays."""
-    from transformers import AutoModel
-
-    extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
-    backbone: nn.Module = AutoModel.from_pretrained(base, **extra, **arguments)
-    return backbone
-
-
-def hidden_size(backbone: nn.Module) -> int:
-    """Width of the backbone's hidden states."""
-    return int(cast(Any, backbone).config.hidden_size)
-
-
-def new_head(width: int, pooling: Sequence[Pooling]) -> nn.Linear:
-    """A linear head with N(0, 1/(d+1)) weights and no offset, as Ziegler et al. (arXiv 1909.08593) start theirs."""
-    inputs = width * len(pooling)
-    head = nn.Linear(inputs, 1)
-    nn.init.normal_(head.weight, std=(inputs + 1) ** -0.5)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def wrap_classifier(classifier: nn.Module) -> PooledRewardModel | ClassifierRewardModel:
-    """Decoders keep their head in `score`: it is applied to positions of our own. Others run whole."""
-    score = getattr(classifier, "score", None)
-    backbone = getattr(classifier, str(getattr(classifier, "base_model_prefix", "")), None)
-    if isinstance(score, nn.Linear) and isinstance(backbone, nn.Module):
-        return PooledRewardModel(backbone, score, ("last",))
-    return ClassifierRewardModel(classifier)
 
 
 def choose_template(tokenizer: Any, *, is_encoder: bool) -> Template:

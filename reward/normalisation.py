@@ -77,4 +77,5 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     position = share * (len(ordered) - 1)
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    # Clamped: rounding may carry the sum past the upper neighbour, and quantiles must ascend.
+    return min(ordered[low] + (ordered[high] - ordered[low]) * (position - low), ordered[high])

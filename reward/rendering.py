@@ -14,8 +14,8 @@ that is too long by itself loses its middle. Either is reported as `truncated`.
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,18 +61,18 @@ class Renderer:
         self.max_length = max_length
 
     def render(self, prompt: Messages, completion: Messages) -> Rendered:
-        """Raises `InputError` when the template refuses these messages."""
+        """Raises `InputError` when the template refuses these messages or a text is not valid Unicode."""
         prompt_messages = self._normalise(prompt)
         completion_messages = self._normalise(completion)
         if self.template == "pair":
             return self._render_pair(prompt_messages, completion_messages)
         if self.template == "chat":
             text, boundary = self._chat_text(prompt_messages, completion_messages)
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = self._encode(text, add_special_tokens=False, return_offsets_mapping=True)
             ids: list[int] = list(encoded["input_ids"])
         else:
             text, boundary = _plain_text(prompt_messages, completion_messages)
-            encoded = self._tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+            encoded = self._encode(text, add_special_tokens=True, return_offsets_mapping=True)
             ids = list(encoded["input_ids"])
             end = self._tokenizer.eos_token_id
             if end is not None and ids[-1:] != [end]:
@@ -102,25 +102,32 @@ class Renderer:
         return Rendered(kept + completion, len(kept), None, truncated=True, **counts)
 
     def _render_pair(self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> Rendered:
-        first, second = _pair_text(prompt), _pair_text(completion)
-        first_ids = self._tokenizer(first, add_special_tokens=False)["input_ids"]
-        second_ids = self._tokenizer(second, add_special_tokens=False)["input_ids"]
-        counts = {"prompt_tokens": len(first_ids), "completion_tokens": len(second_ids)}
-        specials = self._tokenizer.num_special_tokens_to_add(pair=True)
-        truncated = len(first_ids) + len(second_ids) + specials > self.max_length
-        if truncated:
-            second_ids = _without_middle(second_ids, self.max_length - specials)
-            room = self.max_length - specials - len(second_ids)
-            first_ids = first_ids[len(first_ids) - room :] if room else []
-            encoded = self._tokenizer.prepare_for_model(first_ids, second_ids, return_token_type_ids=True)
-        else:
-            encoded = self._tokenizer(first, second, return_token_type_ids=True)
-        ids = list(encoded["input_ids"])
-        # Both layouts in use ([CLS] a [SEP] b [SEP] and <s> a </s></s> b </s>) end with b and one separator.
-        start = max(len(ids) - len(second_ids) - 1, 0)
+        encoded = self._encode(_pair_text(prompt), _pair_text(completion), return_token_type_ids=True)
+        owners = encoded.sequence_ids(0)  # 0 for the prompt's tokens, 1 for the completion's, None for separators
+        first = [position for position, owner in enumerate(owners) if owner == 0]
+        second = [position for position, owner in enumerate(owners) if owner == 1]
+        room = self.max_length - (len(owners) - len(first) - len(second))
+        kept_second = _without_middle(second, room)
+        kept_first = first[max(len(first) - room + len(kept_second), 0) :]
+        # Cutting by position leaves the tokenizer's own layout of separators, whichever it is.
+        dropped = {*first, *second}.difference(kept_first, kept_second)
+        kept = [position for position in range(len(owners)) if position not in dropped]
         wants_types = "token_type_ids" in self._tokenizer.model_input_names
-        types = list(encoded["token_type_ids"]) if wants_types else None
-        return Rendered(ids, start, types, truncated, **counts)
+        return Rendered(
+            [encoded["input_ids"][position] for position in kept],
+            bisect_left(kept, second[0]) if second else len(kept) - 1,
+            [encoded["token_type_ids"][position] for position in kept] if wants_types else None,
+            truncated=bool(dropped),
+            prompt_tokens=len(first),
+            completion_tokens=len(second),
+        )
+
+    def _encode(self, *texts: str, **options: Any) -> Any:
+        try:
+            return self._tokenizer(*texts, **options)
+        except TypeError as error:
+            # JSON can spell half of a surrogate pair ("\ud800"); the tokenizer cannot take it.
+            raise InputError("a text holds half of a surrogate pair: it is not valid Unicode") from error
 
     def _chat_text(self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> tuple[str, int]:
         from jinja2.exceptions import TemplateError
@@ -140,8 +147,10 @@ class Renderer:
         role = "system" if message["role"] == "developer" else message["role"]
         text = content_text(message)
         calls = message.get("tool_calls") or []
-        if calls and self._native_tool_calls:
-            return {**message, "role": role, "content": text}
+        if self._native_tool_calls and calls:
+            return {**message, "role": role, "content": text, "tool_calls": [_with_arguments(call) for call in calls]}
+        if self._native_tool_calls and role == "tool":
+            return {**message, "content": text}
         if calls:
             written = [json.dumps(call.get("function", call), ensure_ascii=False, sort_keys=True) for call in calls]
             text = "\n".join([text, *written] if text else written)
@@ -156,6 +165,18 @@ def content_text(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(str(part["text"]) for part in content if isinstance(part.get("text"), str))
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI sends a call's arguments as JSON text; chat templates want the object, as vLLM gives it to them."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _plain_text(prompt: list[dict[str, Any]], completion: list[dict[str, Any]]) -> tuple[str, int]:

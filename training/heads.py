@@ -173,7 +173,7 @@ def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: i
         value.backward()  # type: ignore[no-untyped-call]
         return float(value)
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return parameters.detach()
 
 

@@ -5,7 +5,6 @@ Shapes: N completions, M pairs.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,9 +42,3 @@ def num_correct(rewards: Tensor, better: Tensor, worse: Tensor) -> Tensor:
     """Pairs whose better completion has the higher reward; equal rewards count half. A scalar."""
     gaps = rewards[better] - rewards[worse]
     return (gaps > 0).sum() + 0.5 * (gaps == 0).sum()
-
-
-def group_pair_weights(num_pairs: int, pair_weights: Tensor) -> Tensor:
-    """Weights that make one prompt's comparisons one unit: pair weight / number of pairs. Shape (num_pairs,)."""
-    assert pair_weights.shape == (num_pairs,)
-    return pair_weights / torch.tensor(float(num_pairs))

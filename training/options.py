@@ -26,11 +26,11 @@ class _Options(BaseModel):
 class LoraOptions(_Options):
     """Low-rank adapters (Hu et al., arXiv 2106.09685)."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank of the update."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """Scale of the update: alpha / rank."""
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the adapters' input."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Which linear layers; PEFT's names."""
@@ -43,7 +43,7 @@ class HeadFitOptions(_Options):
     """L2 penalties to choose from by cross-validation over prompts, for each domain by itself."""
     gate_l2: list[float] = [1e-6, 1e-5, 1e-4, 1e-3]
     """The same for the gate."""
-    folds: int = Field(5, ge=2)
+    folds: int = Field(default=5, ge=2)
     """Folds of the cross-validation; a prompt is in one fold."""
 
 
@@ -65,13 +65,13 @@ class RewardOptions(_Options):
     """Pretrained model: folder, hub id, or `package:NAME`."""
     tuning: Literal["head", "lora", "full"] = "head"
     """`head`: frozen base, head fitted to convergence; `lora`: adapters and head; `full`: everything."""
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     """Keep the base's first layers only (and its final norm); None keeps all."""
     pooling: list[Pooling] = ["last"]
     """What the head sees: the last token, the mean over the completion, or both."""
     gated: bool = False
     """A linear head for each source of the data, mixed by a gate that sees the prompt only. `tuning: head` only."""
-    max_length: int = Field(1024, ge=8)
+    max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     trust_remote_code: bool = False
     """Run Python code that a hub model brings along."""
@@ -81,34 +81,34 @@ class RewardOptions(_Options):
     head_fit: HeadFitOptions = HeadFitOptions()
     """The convex fit, for `tuning: head`."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the prompts. Ranking losses overfit soon: InstructGPT trains for one."""
-    global_batch_size: int = Field(64, ge=1)
+    global_batch_size: int = Field(default=64, ge=1)
     """Prompts a step, over all processes and micro-batches; all of a prompt's comparisons stay together."""
-    micro_batch_tokens: int = Field(8192, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
     """Padded tokens in one forward pass of one process; one prompt always fits."""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Peak, for the base or its adapters."""
-    head_learning_rate: float | None = Field(None, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
     """Peak for the new head; None takes `learning_rate`."""
-    warmup_share: float = Field(0.05, ge=0, lt=1)
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the rate rises from 0 to its peak."""
-    final_rate_share: float = Field(0.1, ge=0, le=1)
+    final_rate_share: float = Field(default=0.1, ge=0, le=1)
     """Where the cosine ends, as a share of the peak."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled (AdamW), on matrices only."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    centering: float = Field(0.0, ge=0)
+    centering: float = Field(default=0.0, ge=0)
     """Weight of the term that keeps rewards near 0 (0.01 is usual)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, smaller."""
 
-    eval_every: int = Field(50, ge=1)
+    eval_every: int = Field(default=50, ge=1)
     """Steps between validations; the best one is kept."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better accuracy; None never stops early."""
-    save_every: int = Field(50, ge=1)
+    save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints. A killed run goes on from the last, exactly."""
     seed: int = 0
     """Of everything random: head, order, dropout."""

@@ -1,0 +1,188 @@
+"""The networks: a backbone, pooled hidden states, a scalar head; and the padded batches they take.
+
+Positions come from lengths, never from token ids: transformers' own classification heads look for the
+first pad token, and where pad = EOS they read the score one token early.
+
+Shapes: B sequences, T tokens, H hidden width, D = H × poolings, E domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from reward.manifest import Head, Pooling
+from reward.rendering import Rendered
+
+
+class GatedHead(nn.Module):
+    """A linear head for each of E domains, mixed by a softmax gate on the prompt.
+
+    reward = Σ_e softmax(G p)_e · (w_e · x + b_e), after ArmoRM (arXiv 2406.12845, section 3.2). The gate sees
+    the prompt alone, so all completions of a prompt are weighed alike and none can talk its way to another head.
+    """
+
+    def __init__(self, width: int, prompt_width: int, num_domains: int) -> None:
+        super().__init__()
+        self.experts = nn.Linear(width, num_domains)
+        self.gate = nn.Linear(prompt_width, num_domains)
+
+    def forward(self, pooled: Tensor, prompt: Tensor) -> Tensor:
+        """`pooled` (B, D) and `prompt` (B, P) -> (B, 1)."""
+        shares = self.gate(prompt).softmax(dim=-1)  # (B, E)
+        return cast(Tensor, (self.experts(pooled) * shares).sum(dim=-1, keepdim=True))
+
+
+class PooledRewardModel(nn.Module):
+    """Backbone, pooled hidden states, a linear or gated head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear | GatedHead, pooling: Sequence[Pooling]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.pooling = tuple(pooling)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Raw rewards (B,), in fp32."""
+        hidden = self.backbone(**batch.inputs()).last_hidden_state  # (B, T, H)
+        number = next(self.head.parameters()).dtype
+        pooled = pool(hidden, batch.attention_mask, batch.completion_mask, self.pooling).to(number)
+        if isinstance(self.head, GatedHead):
+            rewards = self.head(pooled, pool_prompt(hidden, batch).to(number))
+        else:
+            rewards = self.head(pooled)
+        return cast(Tensor, rewards).squeeze(-1).float()
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What heads see, in fp32: the completion's (B, H × poolings) and the prompt's (B, 2H)."""
+        hidden = self.backbone(**batch.inputs()).last_hidden_state
+        pooled = pool(hidden, batch.attention_mask, batch.completion_mask, self.pooling)
+        return pooled, pool_prompt(hidden, batch)
+
+
+class ClassifierRewardModel(nn.Module):
+    """A whole sequence classifier whose head cannot be told from its backbone (BERT-like encoders)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Raw rewards (B,), in fp32."""
+        return cast(Tensor, self.classifier(**batch.inputs()).logits).squeeze(-1).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded sequences. B sequences, T tokens."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) 1 for tokens, 0 for padding
+    completion_mask: Tensor  # (B, T) True for the completion's tokens
+    token_type_ids: Tensor | None = None  # (B, T)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What every transformers backbone takes."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_type_ids is None else {**inputs, "token_type_ids": self.token_type_ids}
+
+
+def collate(items: Sequence[Rendered], device: torch.device) -> Batch:
+    """Pads on the right with id 0; what stands in the padding never reaches a score."""
+    lengths = torch.tensor([len(item) for item in items])
+    width = int(lengths.max())
+    starts = torch.tensor([item.completion_start for item in items])
+    positions = torch.arange(width)
+    attention = positions < lengths[:, None]  # (B, T)
+    completion = attention & (positions >= starts[:, None])
+
+    def padded(rows: list[list[int]]) -> Tensor:
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+    types = [item.token_type_ids for item in items if item.token_type_ids is not None]
+    return Batch(
+        padded([item.ids for item in items]),
+        attention.long().to(device),
+        completion.to(device),
+        padded(types) if len(types) == len(items) else None,
+    )
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, completion_mask: Tensor, pooling: Sequence[Pooling]) -> Tensor:
+    """Concatenated poolings of `hidden` (B, T, H) -> (B, H × len(pooling)), in fp32.
+
+    `last` takes the last token by the attention mask (right padding), `mean` averages the completion's tokens.
+    """
+    hidden = hidden.float()
+    parts = []
+    for kind in pooling:
+        if kind == "last":
+            ends = (attention_mask.sum(dim=1) - 1).clamp(min=0)  # (B,)
+            parts.append(hidden[torch.arange(hidden.shape[0], device=hidden.device), ends])
+        else:
+            kept = completion_mask.unsqueeze(-1)  # (B, T, 1)
+            # where(), not a product: what the backbone computed for padding may be NaN.
+            total = torch.where(kept, hidden, 0.0).sum(dim=1)
+            parts.append(total / kept.sum(dim=1).clamp(min=1))
+    return torch.cat(parts, dim=-1)
+
+
+def pool_prompt(hidden: Tensor, batch: Batch) -> Tensor:
+    """What a gate sees of the prompt: its last token and its mean, (B, 2H) in fp32; zeros for an empty prompt."""
+    mask = batch.attention_mask.bool() & ~batch.completion_mask
+    pooled = pool(hidden, mask, mask, ("last", "mean"))
+    return torch.where(mask.any(dim=1, keepdim=True), pooled, 0.0)
+
+
+def load_backbone(base: str, head: Head, **arguments: Any) -> nn.Module:
+    """The base without its language-model head, cut to `head.num_layers` layers; the final norm stays."""
+    from transformers import AutoModel
+
+    extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
+    backbone: nn.Module = AutoModel.from_pretrained(base, **extra, **arguments)
+    return backbone
+
+
+def hidden_size(backbone: nn.Module) -> int:
+    """Width of the backbone's hidden states."""
+    return int(cast(Any, backbone).config.hidden_size)
+
+
+def build_head(width: int, head: Head) -> nn.Linear | GatedHead:
+    """An untrained head for hidden states of `width`.
+
+    Linear heads start at N(0, 1/(d+1)) without offset, as Ziegler et al. (arXiv 1909.08593) start theirs.
+    """
+    inputs = width * len(head.pooling)
+    if head.domains:
+        return GatedHead(inputs, 2 * width, len(head.domains))
+    linear = nn.Linear(inputs, 1)
+    nn.init.normal_(linear.weight, std=(inputs + 1) ** -0.5)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def wrap_classifier(classifier: nn.Module) -> PooledRewardModel | ClassifierRewardModel:
+    """Decoders keep their head in `score`: it is applied to positions of our own. Others run whole."""
+    score = getattr(classifier, "score", None)
+    backbone = getattr(classifier, str(getattr(classifier, "base_model_prefix", "")), None)
+    if isinstance(score, nn.Linear) and isinstance(backbone, nn.Module):
+        return PooledRewardModel(backbone, score, ("last",))
+    return ClassifierRewardModel(classifier)
+
+
+def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Positions in batches of similar length, longest first, within `max_batch_tokens` padded tokens each."""
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and longest * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            longest = lengths[index]
+    return batches

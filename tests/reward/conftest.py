@@ -1,0 +1,38 @@
+"""Tiny reward models on disk, built once for all tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fakes.models import build_tiny_encoder_reward_model, build_tiny_reward_model
+
+FAMILIES = ("llama", "qwen2", "gpt2", "bert")
+
+TinyReward = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny models are slower on several."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> TinyReward:
+    """The folder of a one-label model of a family. Shared: copy it before changing it."""
+    home = tmp_path_factory.mktemp("rewards")
+
+    def build(family: str) -> Path:
+        folder = home / family
+        if not folder.exists():
+            if family == "bert":
+                build_tiny_encoder_reward_model(folder)
+            else:
+                build_tiny_reward_model(folder, family=family)  # type: ignore[arg-type]  # one of FAMILIES
+        return folder
+
+    return build

@@ -1,0 +1,83 @@
+"""The gradient steps that trainers share: optimizer, schedule, accumulation over micro-batches and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from reward.devices import choose_device
+from training.options import OptionsError, RewardOptions
+
+
+def start_accelerator(options: RewardOptions) -> Accelerator:
+    """An accelerator on the device asked for. Raises `OptionsError` when it is not what the launcher promised."""
+    import os
+
+    device = choose_device(options.device)
+    precision = options.mixed_precision
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    # accelerate can quietly start one process, or another kind of sharding, than the launcher was asked for.
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != promised:
+        raise OptionsError(
+            f"the launcher promised {promised} processes, accelerate runs {accelerator.num_processes}: "
+            "start with torchrun"
+        )
+    return accelerator
+
+
+def schedule_factor(step: int, num_steps: int, warmup_share: float, final_share: float) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then a cosine down to `final_share`."""
+    warmup = math.ceil(num_steps * warmup_share)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_optimizer(network: nn.Module, options: RewardOptions) -> AdamW:
+    """AdamW with its own rate for new heads and weight decay on matrices only."""
+    head_rate = options.head_learning_rate or options.learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_head = name.split(".")[0] == "head" or ".score." in name or ".classifier." in name
+        rate = head_rate if is_head else options.learning_rate
+        decay = options.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, num_steps: int, options: RewardOptions) -> LambdaLR:
+    """`schedule_factor` as a torch scheduler."""
+    return LambdaLR(
+        optimizer, lambda step: schedule_factor(step, num_steps, options.warmup_share, options.final_rate_share)
+    )
+
+
+def accumulate(
+    accelerator: Accelerator, network: Any, micro_batches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]
+) -> None:
+    """Backward passes over this process's micro-batches; gradients are synchronised once, in the last.
+
+    `loss_of` gives a micro-batch's part of the global mean: divided by the global count, over all micro-batches
+    and processes, so that neither ragged lengths nor the number of processes changes the result.
+    """
+    batches = list(micro_batches)
+    for number, batch in enumerate(batches):
+        is_last = number == len(batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(network):
+            # DDP averages gradients over processes; our losses are parts of one sum.
+            accelerator.backward(loss_of(batch) * accelerator.num_processes)

@@ -1,0 +1,89 @@
+"""README.md of a reward model, made from its manifest alone."""
+
+from __future__ import annotations
+
+from reward.manifest import Manifest
+from training.evaluation import POOLED
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown, with the metadata block that model hubs read."""
+    training = manifest.training
+    head = manifest.head
+    scale = manifest.normalisation
+    layers = "all layers" if head.num_layers is None else f"the first {head.num_layers} layers"
+    lines = [
+        "---",
+        "library_name: winnow",
+        "pipeline_tag: text-classification",
+        "tags: [reward-model]",
+        "---",
+        "",
+        f"# {manifest.name}",
+        "",
+        "A reward model: it gives (prompt, completion) one number, higher for what people would rather have.",
+        f"Base: `{manifest.base}`, {layers}. Tuning: {training['config']['tuning']}. "
+        f"The head sees: {', '.join(head.pooling)}.",
+    ]
+    if head.domains:
+        lines += [
+            "",
+            f"It has a linear head for each of {len(head.domains)} domains ({', '.join(head.domains)}), mixed by a "
+            "gate that sees the prompt only.",
+        ]
+    lines += [
+        "",
+        "```bash",
+        "winnow score --reward-model . records.jsonl",
+        "winnow serve --upstream-url https://… --reward-model . --best-of 4",
+        "```",
+        "",
+        "## Held-out accuracy",
+        "",
+        "Share of human comparisons in the people's order, with 95 % Wilson intervals. Half is chance.",
+        "",
+        "| set | pairs | accuracy | 95 % interval |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for name, accuracy in manifest.accuracy.items():
+        label = "**all**" if name == POOLED else name
+        lines.append(
+            f"| {label} | {accuracy.pairs} | {accuracy.accuracy:.1%} | {accuracy.low:.1%} – {accuracy.high:.1%} |"
+        )
+    if not manifest.accuracy:
+        lines.append("| no validation data was given | | | |")
+    lines += [
+        "",
+        "## Rewards",
+        "",
+        f"Served rewards have mean 0 and deviation 1 over {manifest.num_references} reference completions "
+        f"(raw mean {scale.mean:.3f}, deviation {scale.std:.3f}). A percentile is the share of those references that a",
+        "completion beats: `min_reward: p20` rejects what is worse than the worst fifth of them.",
+        "",
+        "| percentile | 5 | 20 | 50 | 80 | 95 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| reward | " + " | ".join(f"{scale.at_percentile(p) or 0.0:.2f}" for p in (5, 20, 50, 80, 95)) + " |",
+        "",
+        f"Prompt and completion may be {manifest.max_length} tokens together; longer prompts lose their beginning.",
+        "",
+        "## Training",
+        "",
+        f"{training['prompts']} prompts, seed {training['seed']}. Pairs by source: "
+        + ", ".join(f"{source} {count}" for source, count in training["pairs"].items())
+        + ".",
+        "",
+        "| file | SHA-256 |",
+        "| --- | --- |",
+    ]
+    for entry in [*training["data"], *training["validation_data"]]:
+        lines.append(f"| {entry['file']} | `{entry['sha256'][:16]}…` |")
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "It has learnt what these annotators preferred on these prompts, not what is true or safe. Far from its",
+        "training data its numbers mean little, and choosing the best of very many candidates finds its mistakes",
+        "(Gao et al., arXiv 2210.10760). Measure it on your own comparisons: `winnow reward eval`.",
+        "",
+    ]
+    return "\n".join(lines)

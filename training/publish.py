@@ -1,0 +1,133 @@
+"""A trained network becomes a reward model on disk: weights, `reward.json` with scale and probes, model card.
+
+Everything that the folder says of itself is measured on the folder as loaded back from disk, through the same
+code that serves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from feedback.rankings import ComparisonGroup
+from feedback.records import Message
+from reward.manifest import Accuracy, Manifest, Probe
+from reward.model import RewardModel, load_reward_model
+from reward.normalisation import Normalisation
+from reward.rendering import Rendered
+from training.evaluation import POOLED, accuracy_of, by_source, pair_outcomes
+from training.model_card import model_card
+from training.models import TrainableReward, save_weights
+from training.options import RewardOptions
+
+PROBES: tuple[tuple[str, str], ...] = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("How do I boil an egg?", "Put it into boiling water for eight minutes, then into cold water."),
+    ("Name three primary colours.", "idk, colours i guess"),
+)
+"""Asked of every model on load. What they are does not matter; that their rewards do not change does."""
+
+
+def publish(
+    trainable: TrainableReward,
+    options: RewardOptions,
+    *,
+    target: Path,
+    train: Sequence[ComparisonGroup],
+    validation: Sequence[ComparisonGroup],
+    facts: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Writes the reward model to `target`, which appears only when whole.
+
+    References for the scale are the completions of `validation` (of `train` where there is none).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_weights(trainable, options, partial)
+        manifest = Manifest(
+            name=options.name,
+            base=options.base,
+            head=trainable.head,
+            template=trainable.renderer.template,
+            max_length=trainable.renderer.max_length,
+            training=_training_facts(options, train, validation, facts),
+        )
+        manifest.save(partial)
+        model = load_reward_model(str(partial), device=device, trust_remote_code=options.trust_remote_code)
+        manifest = _measured(manifest, model, train, validation)
+        manifest.save(partial)
+        (partial / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        partial.chmod(0o755)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _measured(
+    manifest: Manifest,
+    model: RewardModel,
+    train: Sequence[ComparisonGroup],
+    validation: Sequence[ComparisonGroup],
+) -> Manifest:
+    references = validation or train
+    rewards = model.score_all(render_groups(model, references))
+    accuracy: dict[str, Accuracy] = {}
+    if validation:
+        outcomes = pair_outcomes(validation, rewards)
+        accuracy = {source: accuracy_of(own) for source, own in by_source(outcomes).items()}
+        if len(accuracy) > 1:
+            accuracy[POOLED] = accuracy_of(outcomes)
+    probes = []
+    for question, answer in PROBES:
+        prompt: list[Message] = [{"role": "user", "content": question}]
+        completion: list[Message] = [{"role": "assistant", "content": answer}]
+        (reward,) = model.raw_rewards([model.renderer.render(prompt, completion)])
+        probes.append(Probe(prompt, completion, reward))
+    return replace(
+        manifest,
+        normalisation=Normalisation.fit(rewards),
+        num_references=len(rewards),
+        accuracy=accuracy,
+        probes=tuple(probes),
+    )
+
+
+def render_groups(model: RewardModel, groups: Sequence[ComparisonGroup]) -> list[Rendered]:
+    """All completions of all groups, group after group."""
+    return [model.renderer.render(group.prompt, c) for group in groups for c in group.completions]
+
+
+def _training_facts(
+    options: RewardOptions,
+    train: Sequence[ComparisonGroup],
+    validation: Sequence[ComparisonGroup],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    def described(files: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {"file": Path(file).name, "sha256": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}
+            for file in files
+        ]
+
+    counts: dict[str, int] = {}
+    for group in train:
+        counts[group.source] = counts.get(group.source, 0) + len(group.pairs)
+    # Paths of this machine say nothing elsewhere.
+    config = options.model_dump(mode="json", exclude={"train", "validation", "output"})
+    return {
+        "data": described(options.train),
+        "validation_data": described(options.validation),
+        "pairs": counts,
+        "prompts": len(train),
+        "validation_pairs": sum(len(group.pairs) for group in validation),
+        "seed": options.seed,
+        "config": config,
+        **facts,
+    }

@@ -1,0 +1,379 @@
+"""Reward model training on human rankings.
+
+InstructGPT (Ouyang et al., arXiv 2203.02155), section 3.5: a pretrained model with a scalar head learns
+
+    loss(θ) = −1/C(K,2) · E[ log σ(r_θ(x, y_w) − r_θ(x, y_l)) ]                                    (eq. 1)
+
+over all comparisons of the K completions of a prompt, kept together as one batch element and each completion
+encoded once. Departures:
+
+1. Preferences of one prompt are gathered with its rankings; ties carry no loss.
+2. `tuning: head` freezes the base and solves for the head exactly (`heads`), instead of taking gradient steps.
+3. Rewards are normalised afterwards, to mean 0 and deviation 1 over held-out completions, outside the weights
+   (the paper shifts its bias so that demonstrations average 0).
+4. Optional: margins in the data (Llama 2), a centring term (`losses.centering_loss`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import Tensor
+
+from feedback.jsonl import Skipped, read_records
+from feedback.rankings import ComparisonGroup, group_comparisons
+from feedback.records import Preference, Ranking, parse_preference, parse_ranking
+from reward.network import PooledRewardModel, batches_by_length, collate
+from reward.rendering import Rendered
+from training.batches import (
+    EncodedGroup,
+    MicroBatch,
+    encode_groups,
+    flatten,
+    split_by_tokens,
+    step_batches,
+    steps_in_epoch,
+)
+from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from training.evaluation import accuracy_of, pair_outcomes
+from training.features import compute_features, load_features
+from training.heads import HeadData, domain_indices, fit_head
+from training.loop import accumulate, build_optimizer, build_schedule, start_accelerator
+from training.losses import centering_loss, num_correct, pairwise_ranking_loss
+from training.models import TrainableReward, gated_head, load_trainable
+from training.options import OptionsError, RewardOptions
+from training.publish import publish
+from training.runlog import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+def train_reward_model(options: RewardOptions) -> Path:
+    """Runs (or goes on with) the training that `options` describe; returns the folder of the finished model.
+
+    Raises `OptionsError`, `feedback.jsonl.DataError`, `reward.errors.RewardError`.
+    """
+    run = Path(options.output)
+    _claim(run, options)
+    accelerator = start_accelerator(options)
+    set_seed(options.seed)
+    skipped = Skipped()
+    train = read_comparisons(options.train, options.skip_invalid, skipped)
+    validation = read_comparisons(options.validation, options.skip_invalid, skipped)
+    if not train:
+        raise OptionsError(f"train: no decided comparison in {', '.join(options.train)}")
+    domains, group_domains = domain_indices([group.source for group in train], options.gated)
+    trainable = load_trainable(options, tuple(domains))
+    data = _Data(
+        train=encode_groups(train, trainable.renderer),
+        validation=encode_groups(validation, trainable.renderer),
+        prompts=[_prompt_key(group) for group in train],
+        domains=domains,
+        group_domains=group_domains,
+    )
+    if options.tuning == "head":
+        facts = _fit_frozen(accelerator, trainable, data, options, run)
+    else:
+        facts = _train_by_gradient(accelerator, trainable, data, options, run)
+    if accelerator.is_main_process:
+        publish(
+            trainable,
+            options,
+            target=run / "model",
+            train=train,
+            validation=validation,
+            facts={**facts, "skipped_records": skipped.count},
+            device=str(accelerator.device),
+        )
+    accelerator.wait_for_everyone()
+    return run / "model"
+
+
+def read_comparisons(files: Sequence[str], skip_invalid: bool, skipped: Skipped) -> list[ComparisonGroup]:
+    """Preferences and rankings of files, gathered by prompt. Raises `DataError`."""
+
+    def parse(record: Any) -> Preference | Ranking:
+        return parse_ranking(record) if "ranks" in record else parse_preference(record)
+
+    groups: list[ComparisonGroup] = []
+    for file in files:
+        path = Path(file).expanduser()
+        records = read_records([path], parse, skipped if skip_invalid else None)
+        groups.extend(group_comparisons(records, default_source=path.name.split(".")[0]))
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    train: list[EncodedGroup]
+    validation: list[EncodedGroup]
+    prompts: list[str]
+    """What identifies each training group's conversation opener, for folds."""
+    domains: list[str]
+    group_domains: list[int]
+
+
+def _claim(run: Path, options: RewardOptions) -> None:
+    """Refuses a folder that holds a finished run or one of another configuration."""
+    if (run / "model").exists():
+        raise OptionsError(f"output: {run} holds a finished run; choose another folder, or delete it")
+    described = options.model_dump(mode="json")
+    path = run / "options.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in described.keys() | before.keys() if described.get(key) != before.get(key))
+        if changed:
+            raise OptionsError(
+                f"output: {run} holds a run with another {', '.join(changed)}; choose another folder, or delete it"
+            )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+# --- frozen base: features once, then a convex fit ------------------------------------------------------------
+
+
+def _fit_frozen(
+    accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
+) -> dict[str, Any]:
+    network = cast(PooledRewardModel, trainable.network)
+    with RunLog(run, active=accelerator.is_main_process) as log:
+        bar = log.task("features", total=-(-len(data.train) // accelerator.num_processes))
+        compute_features(
+            network,
+            data.train,
+            run / "features",
+            device=accelerator.device,
+            max_tokens=options.micro_batch_tokens,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            on_progress=bar.advance,
+        )
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return {}
+        fitted = fit_head(_head_data(data, run, options), len(data.domains), options.head_fit)
+        if fitted.gate_weight is not None and fitted.gate_bias is not None:
+            network.head = gated_head((fitted.weight, fitted.bias), (fitted.gate_weight, fitted.gate_bias))
+        else:
+            head = cast(torch.nn.Linear, network.head)
+            with torch.no_grad():
+                head.weight.copy_(fitted.weight)
+                head.bias.copy_(fitted.bias)
+        network.to(accelerator.device)
+        chosen = dict(zip(data.domains, fitted.l2, strict=True))
+        log.note(f"head fitted; L2 by cross-validation: {chosen}, gate {fitted.gate_l2}")
+    shutil.rmtree(run / "features")
+    return {"l2": chosen, "gate_l2": fitted.gate_l2}
+
+
+def _head_data(data: _Data, run: Path, options: RewardOptions) -> HeadData:
+    features, prompt_features = load_features(data.train, run / "features")
+    flat = flatten(data.train)
+    return HeadData(
+        features=features,
+        prompt_features=prompt_features,
+        better=flat.better,
+        worse=flat.worse,
+        weights=flat.weights,
+        margins=flat.margins,
+        pair_group=torch.tensor([g for g, group in enumerate(data.train) for _ in group.pairs]),
+        completion_group=torch.tensor([g for g, group in enumerate(data.train) for _ in group.items]),
+        group_fold=torch.tensor([_fold(prompt, options.head_fit.folds, options.seed) for prompt in data.prompts]),
+        group_domain=torch.tensor(data.group_domains),
+    )
+
+
+def _fold(prompt: str, folds: int, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}".encode()).digest()[:8], "big") % folds
+
+
+def _prompt_key(group: ComparisonGroup) -> str:
+    """The conversation's opener: continuations of one conversation must not be torn between folds."""
+    opener = next((m for m in group.prompt if m["role"] == "user"), group.prompt[0])
+    return json.dumps(opener.get("content"), sort_keys=True)
+
+
+# --- gradient steps -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Progress:
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    stale: int = 0
+    """Validations since the best one."""
+
+
+def _train_by_gradient(
+    accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
+) -> dict[str, Any]:
+    num_steps = max(1, round(options.epochs * steps_in_epoch(len(data.train), options.global_batch_size)))
+    optimizer = build_optimizer(trainable.network, options)
+    schedule = build_schedule(optimizer, num_steps, options)
+    network, prepared = accelerator.prepare(trainable.network, optimizer)
+    progress = _resume(accelerator, trainable, prepared, schedule, run)
+    batches = islice(
+        step_batches(len(data.train), options.global_batch_size, options.seed, num_steps), progress.step, None
+    )
+    with RunLog(run, active=accelerator.is_main_process, resumed_step=progress.step) as log:
+        bar = log.task("training", total=num_steps, completed=progress.step)
+        for indices in batches:
+            metrics = _step(accelerator, network, prepared, schedule, [data.train[i] for i in indices], options)
+            progress.step += 1
+            log.metrics(progress.step, metrics)
+            bar.advance(note=f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.3f}")
+            is_end = progress.step == num_steps
+            if data.validation and (progress.step % options.eval_every == 0 or is_end):
+                accuracy = _validate(accelerator, network, data.validation, options)
+                log.metrics(progress.step, {"validation_accuracy": accuracy})
+                _remember_best(accelerator, trainable, progress, accuracy, run)
+            stopping = options.patience is not None and progress.stale >= options.patience
+            if progress.step % options.save_every == 0 or is_end or stopping:
+                _save(accelerator, trainable, prepared, schedule, progress, run)
+            if stopping:
+                log.note(f"stopped early: no better accuracy in {progress.stale} validations")
+                break
+    if data.validation:
+        best = torch.load(run / "checkpoints" / "best.pt", map_location=accelerator.device, weights_only=True)
+        trainable.load_trainable_state(best)
+    return {"steps": progress.step, "best_step": progress.best_step if data.validation else progress.step}
+
+
+def _step(
+    accelerator: Accelerator,
+    network: Any,
+    optimizer: Any,
+    schedule: Any,
+    groups: Sequence[EncodedGroup],
+    options: RewardOptions,
+) -> dict[str, float]:
+    """One optimizer update on these groups, over all processes. Returns the step's metrics."""
+    network.train()
+    mine = groups[accelerator.process_index :: accelerator.num_processes]
+    # A process without work in a small last batch still has to take part: it adds nothing, with weight 0.
+    work = [(part, 1.0) for part in split_by_tokens(mine, options.micro_batch_tokens)] or [([groups[0]], 0.0)]
+    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, correct, pairs, tokens
+
+    def loss_of(part: tuple[list[EncodedGroup], float]) -> Tensor:
+        batch, share = flatten(part[0]), part[1]
+        loss, correct = _micro_loss(network, batch, accelerator.device, options)
+        loss = loss * share / len(groups)
+        tokens = sum(len(item) for item in batch.items)
+        totals.add_(share * torch.stack([loss.detach().double(), correct.double(), *_counts(batch, tokens, loss)]))
+        return loss
+
+    accumulate(accelerator, network, work, loss_of)
+    grad_norm = accelerator.clip_grad_norm_(network.parameters(), options.max_grad_norm)
+    learning_rate = schedule.get_last_lr()[0]
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    loss, correct, pairs, tokens = cast(Tensor, accelerator.reduce(totals, reduction="sum")).tolist()
+    return {
+        "loss": loss,
+        "accuracy": correct / pairs,
+        "grad_norm": float(cast(Tensor, grad_norm)),
+        "learning_rate": learning_rate,
+        "tokens": tokens,
+    }
+
+
+def _counts(batch: MicroBatch, tokens: int, like: Tensor) -> list[Tensor]:
+    return [torch.tensor(float(n), dtype=torch.float64, device=like.device) for n in (batch.num_pairs, tokens)]
+
+
+def _micro_loss(network: Any, batch: MicroBatch, device: torch.device, options: RewardOptions) -> tuple[Tensor, Tensor]:
+    """(summed loss, correct pairs) of one micro-batch; each completion is encoded once."""
+    rewards = network(collate(batch.items, device))  # (N,)
+    better, worse = batch.better.to(device), batch.worse.to(device)
+    weights, margins = batch.weights.to(device), batch.margins.to(device)
+    loss = pairwise_ranking_loss(rewards, better, worse, weights, margins)
+    if options.centering:
+        loss = loss + options.centering * centering_loss(rewards, better, worse, weights)
+    return loss, num_correct(rewards.detach(), better, worse)
+
+
+@torch.no_grad()
+def _validate(accelerator: Accelerator, network: Any, groups: Sequence[EncodedGroup], options: RewardOptions) -> float:
+    """Pairwise accuracy over all held-out pairs; every process scores its share."""
+    network.eval()
+    items: list[Rendered] = [item for group in groups for item in group.items]
+    batches = batches_by_length([len(item) for item in items], options.micro_batch_tokens)
+    scored: list[tuple[int, float]] = []
+    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        rewards = network(collate([items[i] for i in batch], accelerator.device))
+        scored.extend(zip(batch, rewards.tolist(), strict=True))
+    rewards_of = dict(gather_object(scored))
+    outcomes = pair_outcomes(groups, [rewards_of[i] for i in range(len(items))])
+    return accuracy_of(outcomes).accuracy
+
+
+def _remember_best(
+    accelerator: Accelerator, trainable: TrainableReward, progress: _Progress, accuracy: float, run: Path
+) -> None:
+    if accuracy <= progress.best_accuracy:
+        progress.stale += 1
+        return
+    progress.best_accuracy, progress.best_step, progress.stale = accuracy, progress.step, 0
+    if accelerator.is_main_process:
+        folder = run / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            torch.save(trainable.trainable_state(), file)
+        Path(file.name).replace(folder / "best.pt")
+
+
+def _save(
+    accelerator: Accelerator,
+    trainable: TrainableReward,
+    optimizer: Any,
+    schedule: Any,
+    progress: _Progress,
+    run: Path,
+) -> None:
+    states = gather_object([random_state()])
+    if accelerator.is_main_process:
+        state = {
+            "weights": trainable.trainable_state(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "random": states,
+            "best": [progress.best_accuracy, progress.best_step, progress.stale],
+        }
+        save_checkpoint(run / "checkpoints", progress.step, state)
+    accelerator.wait_for_everyone()
+
+
+def _resume(
+    accelerator: Accelerator, trainable: TrainableReward, optimizer: Any, schedule: Any, run: Path
+) -> _Progress:
+    state = load_checkpoint(run / "checkpoints")
+    # All processes must take the same one, also when the newest appeared between two looks.
+    (step,) = broadcast_object_list([state["step"] if state else 0])
+    if state is None or step == 0:
+        return _Progress()
+    if state["step"] != step or len(state["random"]) != accelerator.num_processes:
+        raise OptionsError(
+            f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
+        )
+    trainable.load_trainable_state(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    restore_random_state(state["random"][accelerator.process_index])
+    accuracy, best_step, stale = state["best"]
+    return _Progress(step, accuracy, best_step, stale)

@@ -1,0 +1,37 @@
+"""What the offline commands share: loading a reward model and scoring under a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.progress import Progress
+
+from reward.errors import RewardError
+from winnow.console import CommandError, progress_console
+
+if TYPE_CHECKING:
+    from reward.model import RewardModel
+    from reward.rendering import Rendered
+
+
+def load_model(source: str, *, device: str, dtype: str, trust_remote_code: bool) -> RewardModel:
+    """Raises `CommandError`."""
+    try:
+        from reward.model import load_reward_model
+    except ModuleNotFoundError as error:
+        raise CommandError(f"scoring needs {error.name}: install winnow[reward]") from error
+    try:
+        with progress_console().status("Loading the reward model …"):
+            return load_reward_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (RewardError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def score_with_progress(model: RewardModel, items: Sequence[Rendered], max_batch_tokens: int = 16_384) -> list[float]:
+    """Raw rewards in order; a bar on a terminal. Raises ValueError on a reward that is not finite."""
+
+    console = progress_console()
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("scoring", total=len(items))
+        return model.score_all(items, max_batch_tokens, lambda count: progress.advance(task, count))

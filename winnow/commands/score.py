@@ -1,0 +1,102 @@
+"""`winnow score`: rewards for recorded completions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from feedback.jsonl import DataError, Skipped, read_records, write_records
+from feedback.records import Completions, parse_completions
+from reward.errors import RewardError
+from reward.rendering import content_text
+from winnow.commands.models import load_model, score_with_progress
+from winnow.console import CommandError, out, progress_console, table
+
+if TYPE_CHECKING:
+    from reward.model import RewardModel
+
+SHOWN_CHARACTERS = 80
+
+
+def score(
+    file: Annotated[Path, typer.Argument(metavar="IN", help="Records with prompt and completion or completions.")],
+    reward_model: str = typer.Option("default", help="Folder, hub id, or `default`."),
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write scored records to this file.")] = None,
+    as_json: bool = typer.Option(False, "--json", help="Scored records as JSON lines on standard output."),
+    skip_invalid: bool = typer.Option(False, help="Count bad records instead of stopping at the first."),
+    max_batch_tokens: int = typer.Option(16_384, min=1, help="Padded tokens in one forward pass."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps."),
+    dtype: str = typer.Option("auto", help="auto, float32, bfloat16, float16."),
+    trust_remote_code: bool = typer.Option(False, help="Run Python code that comes with the model."),
+) -> None:
+    """Score completions: one reward each, and the percentile among the model's reference completions.
+
+    Example: winnow score --reward-model default records.jsonl -o scored.jsonl
+    """
+    skipped = Skipped()
+    try:
+        records = list(read_records([file], parse_completions, skipped if skip_invalid else None))
+    except DataError as error:
+        raise CommandError(str(error)) from error
+    model = load_model(reward_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    scored = _scored(model, records, max_batch_tokens)
+    if skipped.count:
+        progress_console().print(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
+    if output is not None:
+        count = write_records(output, scored)
+        progress_console().print(f"{count} records in {output}")
+    elif as_json:
+        for record in scored:
+            print(json.dumps(record, ensure_ascii=False))  # noqa: T201
+    else:
+        _show(records, scored)
+
+
+def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: int) -> list[dict[str, Any]]:
+    try:
+        items = [model.renderer.render(r.prompt, completion) for r in records for completion in r.completions]
+        raw_rewards = score_with_progress(model, items, max_batch_tokens)
+    except (RewardError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    scale = model.manifest.normalisation
+    scored, position = [], 0
+    for record in records:
+        own = slice(position, position + len(record.completions))
+        position = own.stop
+        rewards = [scale.reward(raw) for raw in raw_rewards[own]]
+        identity = {} if record.id is None else {"id": record.id}
+        scored.append(
+            {
+                **identity,
+                "prompt": list(record.prompt),
+                "completions": [list(completion) for completion in record.completions],
+                "rewards": rewards,
+                "raw_rewards": raw_rewards[own],
+                "percentiles": [scale.percentile(reward) for reward in rewards],
+                "truncated": [item.truncated for item in items[own]],
+                "reward_model": model.manifest.name,
+            }
+        )
+    return scored
+
+
+def _show(records: list[Completions], scored: list[dict[str, Any]]) -> None:
+    rows = []
+    for number, (record, scores) in enumerate(zip(records, scored, strict=True), start=1):
+        best = max(scores["rewards"])
+        for index, completion in enumerate(record.completions):
+            text = " ".join(" ".join(content_text(message) for message in completion).split())
+            rows.append(
+                [
+                    number,
+                    index,
+                    "★" if scores["rewards"][index] == best and len(record.completions) > 1 else "",
+                    scores["rewards"][index],
+                    scores["percentiles"][index],
+                    text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…",
+                ]
+            )
+    out().print(table(["record", "#", "", "reward", "percentile", "completion"], rows))
