@@ -175,9 +175,9 @@ def parse_messages(value: object, field: str, role: str) -> list[Message]:
         where = f"{field}[{position}]"
         if not isinstance(message, Mapping):
             raise RecordError(where, "must be an object with role and content")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RecordError(f"{where}.role", f"{role!r} is not one of {', '.join(sorted(ROLES))}")
+        speaker = message.get("role")
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            raise RecordError(f"{where}.role", f"{speaker!r} is not one of {', '.join(sorted(ROLES))}")
         content = message.get("content")
         if content is not None and not isinstance(content, str | list):
             raise RecordError(f"{where}.content", "must be a string, a list of parts or null")

@@ -12,6 +12,8 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from reward.errors import ModelLoadError
@@ -54,6 +56,26 @@ def display_name(name: str) -> str:
     return Path(name).name or name
 
 
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hides transformers' load reports, progress bars and notices: callers check for missing weights themselves."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft still asks transformers by an old name; nobody who loads a model can do anything about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
 def _find_weights(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
@@ -94,9 +116,10 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # Q4_1 blocks are scale × code + offset in half precision: fp32 holds them exactly, fp16 would not.
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Q4_1 blocks are scale × code + offset in half precision: fp32 holds them exactly, fp16 would not.
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantised.config
     # transformers refuses to save a model that came from GGUF; the same class built anew it saves.
     if hasattr(config, "quantization_config"):

@@ -61,15 +61,7 @@ class LocalScorer:
         return self._model is not None
 
     async def start(self) -> None:
-        from reward.model import load_reward_model
-
-        loop = asyncio.get_running_loop()
-        self._model = await loop.run_in_executor(
-            self._device_thread,
-            lambda: load_reward_model(
-                self._source, device=self._device, dtype=self._dtype, trust_remote_code=self._trust_remote_code
-            ),
-        )
+        self._model = await asyncio.get_running_loop().run_in_executor(self._device_thread, self._load)
         self._worker.start()
 
     async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
@@ -100,6 +92,14 @@ class LocalScorer:
         self._model = None
         # A forward pass that is under way ends by itself; nobody waits for it any more.
         self._device_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self) -> RewardModel:
+        # Imported on the thread too: torch takes seconds.
+        from reward.model import load_reward_model
+
+        return load_reward_model(
+            self._source, device=self._device, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+        )
 
     def _loaded(self) -> RewardModel:
         if self._model is None:

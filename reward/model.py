@@ -10,19 +10,19 @@ Three shapes on disk load to one class (see docs/decisions/0001-pooled-head.md):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from reward.bases import resolve_base
+from reward.bases import quiet_loading, resolve_base
 from reward.devices import choose_device, choose_dtype
-from reward.errors import ModelLoadError
-from reward.manifest import Head, Manifest, load_manifest
+from reward.errors import InputError, ModelLoadError
+from reward.manifest import Head, Manifest, Probe, load_manifest
 from reward.network import (
     ClassifierRewardModel,
     PooledRewardModel,
@@ -85,7 +85,8 @@ def load_reward_model(
     """Loads and checks a reward model.
 
     `source`: a folder, a hub id, or `default`. Raises `ModelLoadError` when weights of the head are missing, the
-    model has more than one label, or a stored probe scores differently.
+    model has more than one label, or a stored probe scores differently; `reward.devices.DeviceError` for a device or
+    dtype that does not exist here.
     """
     folder = default_folder() if source == DEFAULT_REWARD_MODEL else Path(source).expanduser()
     place = choose_device(device)
@@ -93,7 +94,7 @@ def load_reward_model(
     manifest = load_manifest(folder) if folder.is_dir() else None
     loading = _Loading(place, number, trust_remote_code)
     try:
-        with _quiet_transformers():
+        with quiet_loading():
             network: PooledRewardModel | ClassifierRewardModel
             if manifest is not None and manifest.head.kind == "pooled":
                 network, tokenizer = loading.pooled(folder, manifest)
@@ -102,10 +103,11 @@ def load_reward_model(
                 num_layers = manifest.head.num_layers if manifest else None
                 network, tokenizer = loading.sequence_classification(name, num_layers)
                 manifest = manifest or _bare_manifest(source, network, tokenizer)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        renderer = Renderer(tokenizer, manifest.template, manifest.max_length)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, InputError) as error:
         raise ModelLoadError(f"cannot load the reward model {source!r}: {error}") from error
     network.to(device=place).eval().requires_grad_(False)
-    model = RewardModel(network, Renderer(tokenizer, manifest.template, manifest.max_length), manifest, place, number)
+    model = RewardModel(network, renderer, manifest, place, number)
     check_probes(model, source)
     return model
 
@@ -116,22 +118,26 @@ def default_folder() -> Path:
 
 
 def check_probes(model: RewardModel, source: str) -> None:
-    """Scores the manifest's probe texts. Raises `ModelLoadError` when one differs from what is stored."""
-    if not model.manifest.probes:
-        return
+    """Scores the manifest's probe texts; without any, one text, to see that the model scores at all.
+
+    Raises `ModelLoadError` when it does not, or when a probe differs from what is stored.
+    """
     tolerance = PROBE_TOLERANCE if model.dtype == torch.float32 else HALF_PRECISION_PROBE_TOLERANCE
     tolerance *= max(model.manifest.normalisation.std, 1e-6)
-    for number, probe in enumerate(model.manifest.probes):
+    for number, probe in enumerate(model.manifest.probes or (_ANY_TEXT,)):
         try:
             (reward,) = model.raw_rewards([model.renderer.render(probe.prompt, probe.completion)])
-        except ValueError as error:
-            raise ModelLoadError(f"{source}: probe {number}: {error}") from error
-        if abs(reward - probe.raw_reward) > tolerance:
+        except (InputError, ValueError) as error:
+            raise ModelLoadError(f"{source}: scoring a probe text failed: {error}") from error
+        if model.manifest.probes and abs(reward - probe.raw_reward) > tolerance:
             raise ModelLoadError(
                 f"{source}: probe {number} scores {reward:.4f}, but {probe.raw_reward:.4f} is stored in reward.json "
                 f"(tolerance {tolerance:.4g}): the head, the base ({model.manifest.base}) or the tokenizer is not the "
                 "one this model was saved with"
             )
+
+
+_ANY_TEXT = Probe([{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "Hi!"}], 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +194,10 @@ class _Loading:
                     f"{name} does not hold {', '.join(missing)}: the head would be random. Save the model with its "
                     "classification head (PEFT: task_type SEQ_CLS)"
                 )
-        return wrap_classifier(classifier), self._tokenizer(name)
+        # An adapter may have been saved without a tokenizer: the base's is meant.
+        own = adapter is None or (Path(name) / "tokenizer_config.json").is_file()
+        home = name if own else resolve_base(cast(dict[str, Any], adapter)["base_model_name_or_path"])
+        return wrap_classifier(classifier), self._tokenizer(home)
 
     def _adapter_classifier(self, name: str, adapter: dict[str, Any], num_layers: int | None) -> nn.Module:
         from peft import PeftModel
@@ -256,20 +265,3 @@ def _adapter_config(name: str) -> dict[str, Any] | None:
     if not config.get("base_model_name_or_path"):
         raise ModelLoadError(f"{path}: base_model_name_or_path is missing: the adapter does not say what it adapts")
     return config
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hides transformers' load report and progress bars: we check missing weights ourselves and raise."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    had_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if had_bar:
-            transformers_logging.enable_progress_bar()

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from reward.errors import ModelLoadError
 from reward.manifest import Head, Pooling
 from reward.rendering import Rendered
 
@@ -143,8 +144,12 @@ def load_backbone(base: str, head: Head, **arguments: Any) -> nn.Module:
     from transformers import AutoModel
 
     extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
-    backbone: nn.Module = AutoModel.from_pretrained(base, **extra, **arguments)
-    return backbone
+    backbone, info = AutoModel.from_pretrained(base, output_loading_info=True, **extra, **arguments)
+    # An encoder's own pooler is often not in the checkpoint, and is not used here.
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ModelLoadError(f"{base} does not hold {', '.join(missing[:3])}: these weights would be random")
+    return cast(nn.Module, backbone)
 
 
 def hidden_size(backbone: nn.Module) -> int:
@@ -167,11 +172,20 @@ def build_head(width: int, head: Head) -> nn.Linear | GatedHead:
 
 
 def wrap_classifier(classifier: nn.Module) -> PooledRewardModel | ClassifierRewardModel:
-    """Decoders keep their head in `score`: it is applied to positions of our own. Others run whole."""
+    """Decoders keep their head in `score`: it is applied to positions of our own. Encoders run whole.
+
+    Raises `ModelLoadError` for others: how they find the token to score is theirs, and padding could mislead them.
+    """
+    config = cast(Any, classifier).config
     score = getattr(classifier, "score", None)
     backbone = getattr(classifier, str(getattr(classifier, "base_model_prefix", "")), None)
     if isinstance(score, nn.Linear) and isinstance(backbone, nn.Module):
         return PooledRewardModel(backbone, score, ("last",))
+    if score is not None or config.is_encoder_decoder or not hasattr(classifier, "classifier"):
+        raise ModelLoadError(
+            f"{type(classifier).__name__} has a head of a kind not known here: decoders with a linear `score` and "
+            "encoders with a `classifier` can be loaded"
+        )
     return ClassifierRewardModel(classifier)
 
 

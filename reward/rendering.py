@@ -55,6 +55,9 @@ class Renderer:
             raise InputError("the tokenizer has no chat template; use the plain template")
         if not tokenizer.is_fast:
             raise InputError(f"{type(tokenizer).__name__} has no fast (Rust) version, which gives token offsets")
+        # The first call lifts the truncation and padding that some tokenizers are stored with: that changes the
+        # tokenizer, and must not happen while another thread is using it.
+        tokenizer("")
         self._tokenizer = tokenizer
         self._native_tool_calls = template == "chat" and "tool_calls" in str(tokenizer.chat_template)
         self.template: Template = template

@@ -48,11 +48,9 @@ def pair_outcomes(groups: Sequence[Comparisons], rewards: Sequence[float]) -> li
     """Outcomes of all pairs, group after group. `rewards`: of all completions, group after group."""
     outcomes, offset = [], 0
     for group in groups:
-        highest = offset
         for pair in group.pairs:
             gap = rewards[offset + pair.better] - rewards[offset + pair.worse]
             outcomes.append(Outcome(group.source, gap))
-            highest = max(highest, offset + pair.better, offset + pair.worse)
         offset += _num_completions(group)
     return outcomes
 

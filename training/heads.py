@@ -171,7 +171,7 @@ def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: i
         optimizer.zero_grad()
         value = loss(parameters)
         value.backward()  # type: ignore[no-untyped-call]
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return parameters.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -13,28 +14,47 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from reward.devices import choose_device
+from reward.devices import DeviceError, choose_device
 from training.options import OptionsError, RewardOptions
+
+_WORLD_SIZES = frozenset({"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"})
+"""Where launchers write the number of processes."""
 
 
 def start_accelerator(options: RewardOptions) -> Accelerator:
     """An accelerator on the device asked for. Raises `OptionsError` when it is not what the launcher promised."""
-    import os
-
-    device = choose_device(options.device)
+    try:
+        device = choose_device(options.device)
+    except DeviceError as error:
+        raise OptionsError(f"device: {error}") from error
     precision = options.mixed_precision
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    # accelerate can quietly start one process, or another kind of sharding, than the launcher was asked for.
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise OptionsError(f"{variable} asks for sharding, which this trainer does not do: start with torchrun")
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    except ValueError as error:
+        raise OptionsError(f"the launch cannot work: {error}") from error
+    _check_launch(accelerator)
+    return accelerator
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """accelerate can quietly start fewer processes than the launcher was asked for."""
+    found = os.environ
+    promised = int(found.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != promised:
         raise OptionsError(
             f"the launcher promised {promised} processes, accelerate runs {accelerator.num_processes}: "
             "start with torchrun"
         )
-    return accelerator
+    # `accelerate launch --cpu --num_processes N` says where N processes shall meet, and starts one.
+    by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= found.keys()
+    if by_accelerate and not _WORLD_SIZES & found.keys():
+        raise OptionsError("accelerate launch was asked for several processes and started one: start with torchrun")
 
 
 def schedule_factor(step: int, num_steps: int, warmup_share: float, final_share: float) -> float:

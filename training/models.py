@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reward.bases import PACKAGE_SCHEME, resolve_base
+from reward.bases import PACKAGE_SCHEME, quiet_loading, resolve_base
 from reward.manifest import Head
 from reward.model import HEAD_FILE, choose_max_length, choose_template
 from reward.network import (
@@ -65,8 +65,11 @@ def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> Tra
     if options.tuning == "full" and is_pooled(options):
         raise OptionsError("tuning: full trains a stock classifier: it needs pooling: [last]")
     base = resolve_base(options.base)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise OptionsError(f"base: cannot load {options.base!r}: {error}") from error
     head = Head(
         kind="pooled" if is_pooled(options) else "sequence_classification",
         pooling=tuple(options.pooling),
@@ -77,23 +80,25 @@ def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> Tra
     classifier: nn.Module | None = None
     network: PooledRewardModel | ClassifierRewardModel
     if is_pooled(options):
-        backbone = load_backbone(base, head, **load)
+        with quiet_loading():
+            backbone = load_backbone(base, head, **load)
         backbone.requires_grad_(False)
         if options.tuning == "lora":
             backbone = _with_adapters(backbone, options, "FEATURE_EXTRACTION")
         network = PooledRewardModel(backbone, build_head(_width(backbone), head), head.pooling)
     else:
         classifier = _new_classifier(base, head, tokenizer, load)
+        network = wrap_classifier(classifier)
         if options.tuning == "lora":
             classifier = _with_adapters(classifier, options, "SEQ_CLS")
-        network = wrap_classifier(_inner(classifier))
+            if isinstance(network, PooledRewardModel):
+                # Adapters are put into the backbone in place; the head is trained as a copy, in a wrapper of PEFT's.
+                network.head = cast(Any, _inner(classifier)).score
     is_encoder = isinstance(network, ClassifierRewardModel)
     template = choose_template(tokenizer, is_encoder=is_encoder)
     max_length = min(options.max_length, choose_max_length(config, tokenizer))
     if options.gradient_checkpointing:
-        cast(Any, network.classifier if is_encoder else network.backbone).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        _recompute_activations(network.classifier if is_encoder else network.backbone)
     return TrainableReward(network, Renderer(tokenizer, template, max_length), head, classifier, tokenizer)
 
 
@@ -102,7 +107,8 @@ def save_weights(trainable: TrainableReward, options: RewardOptions, folder: Pat
     from safetensors.torch import save_file
 
     if trainable.classifier is not None:
-        cast(Any, trainable.classifier).save_pretrained(folder)
+        with quiet_loading():
+            cast(Any, trainable.classifier).save_pretrained(folder)
     else:
         network = cast(PooledRewardModel, trainable.network)
         state = {name: value.detach().float().cpu().contiguous() for name, value in network.head.state_dict().items()}
@@ -128,17 +134,18 @@ def gated_head(experts: tuple[Tensor, Tensor], gate: tuple[Tensor, Tensor]) -> G
     return head
 
 
+def _recompute_activations(model: nn.Module) -> None:
+    # transformers has renamed it: the old name warns, the new one is missing in its first 5.x versions.
+    enable = getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _new_classifier(base: str, head: Head, tokenizer: Any, load: dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging as transformers_logging
 
     extra = {} if head.num_layers is None else {"num_hidden_layers": head.num_layers}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # "some weights are newly initialised" is the point here
-    try:
+    with quiet_loading():  # "some weights are newly initialised" is the point here
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **extra, **load)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     config = cast(Any, model).config
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -152,16 +159,15 @@ def _with_adapters(model: nn.Module, options: RewardOptions, task_type: str) -> 
     from peft import LoraConfig, get_peft_model
 
     lora = options.lora
-    adapted: nn.Module = get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type=task_type,
-        ),
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=task_type,
     )
+    with quiet_loading():
+        adapted: nn.Module = get_peft_model(model, config)
     # Recorded as the user wrote it: the folder of a packaged base lies in this machine's cache.
     cast(Any, adapted).peft_config[MERGED_ADAPTER_NAME].base_model_name_or_path = options.base
     return adapted

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from feedback.jsonl import Skipped, read_records
+from feedback.jsonl import Skipped, read_records, replacing
 from feedback.rankings import ComparisonGroup, group_comparisons
 from feedback.records import Preference, Ranking, parse_preference, parse_ranking
 from reward.network import PooledRewardModel, batches_by_length, collate
@@ -57,7 +56,7 @@ from training.options import OptionsError, RewardOptions
 from training.publish import publish
 from training.runlog import RunLog
 
-logger = logging.getLogger(__name__)
+OPTIONS_NAME = "options.json"
 
 
 def train_reward_model(options: RewardOptions) -> Path:
@@ -66,7 +65,7 @@ def train_reward_model(options: RewardOptions) -> Path:
     Raises `OptionsError`, `feedback.jsonl.DataError`, `reward.errors.RewardError`.
     """
     run = Path(options.output)
-    _claim(run, options)
+    _refuse_taken(run, options)
     accelerator = start_accelerator(options)
     set_seed(options.seed)
     skipped = Skipped()
@@ -83,6 +82,10 @@ def train_reward_model(options: RewardOptions) -> Path:
         domains=domains,
         group_domains=group_domains,
     )
+    # Only now: what cannot be read or loaded leaves no run folder behind. All processes have looked before one writes.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _claim(run, options)
     if options.tuning == "head":
         facts = _fit_frozen(accelerator, trainable, data, options, run)
     else:
@@ -125,22 +128,25 @@ class _Data:
     group_domains: list[int]
 
 
-def _claim(run: Path, options: RewardOptions) -> None:
-    """Refuses a folder that holds a finished run or one of another configuration."""
+def _refuse_taken(run: Path, options: RewardOptions) -> None:
+    """Raises `OptionsError` for a folder that holds a finished run or one of another configuration."""
     if (run / "model").exists():
         raise OptionsError(f"output: {run} holds a finished run; choose another folder, or delete it")
-    described = options.model_dump(mode="json")
-    path = run / "options.json"
+    path = run / OPTIONS_NAME
     if path.is_file():
+        described = options.model_dump(mode="json")
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in described.keys() | before.keys() if described.get(key) != before.get(key))
         if changed:
             raise OptionsError(
                 f"output: {run} holds a run with another {', '.join(changed)}; choose another folder, or delete it"
             )
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def _claim(run: Path, options: RewardOptions) -> None:
+    """Says in the folder whose run it is."""
+    with replacing(run / OPTIONS_NAME) as partial:
+        partial.write_text(options.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 # --- frozen base: features once, then a convex fit ------------------------------------------------------------
@@ -219,6 +225,10 @@ class _Progress:
     """Validations since the best one."""
 
 
+def _is_stale(progress: _Progress, options: RewardOptions) -> bool:
+    return options.patience is not None and progress.stale >= options.patience
+
+
 def _train_by_gradient(
     accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
 ) -> dict[str, Any]:
@@ -230,9 +240,12 @@ def _train_by_gradient(
     batches = islice(
         step_batches(len(data.train), options.global_batch_size, options.seed, num_steps), progress.step, None
     )
+    stopping = _is_stale(progress, options)
     with RunLog(run, active=accelerator.is_main_process, resumed_step=progress.step) as log:
         bar = log.task("training", total=num_steps, completed=progress.step)
         for indices in batches:
+            if stopping:
+                break
             metrics = _step(accelerator, network, prepared, schedule, [data.train[i] for i in indices], options)
             progress.step += 1
             log.metrics(progress.step, metrics)
@@ -242,12 +255,11 @@ def _train_by_gradient(
                 accuracy = _validate(accelerator, network, data.validation, options)
                 log.metrics(progress.step, {"validation_accuracy": accuracy})
                 _remember_best(accelerator, trainable, progress, accuracy, run)
-            stopping = options.patience is not None and progress.stale >= options.patience
+            stopping = _is_stale(progress, options)
             if progress.step % options.save_every == 0 or is_end or stopping:
                 _save(accelerator, trainable, prepared, schedule, progress, run)
-            if stopping:
-                log.note(f"stopped early: no better accuracy in {progress.stale} validations")
-                break
+        if stopping:
+            log.note(f"stopped early: no better accuracy in {progress.stale} validations")
     if data.validation:
         best = torch.load(run / "checkpoints" / "best.pt", map_location=accelerator.device, weights_only=True)
         trainable.load_trainable_state(best)
@@ -311,6 +323,8 @@ def _micro_loss(network: Any, batch: MicroBatch, device: torch.device, options: 
 @torch.no_grad()
 def _validate(accelerator: Accelerator, network: Any, groups: Sequence[EncodedGroup], options: RewardOptions) -> float:
     """Pairwise accuracy over all held-out pairs; every process scores its share."""
+    # Unwrapped: DDP's forward broadcasts buffers, and would wait for a process that has no batch to score.
+    network = accelerator.unwrap_model(network)
     network.eval()
     items: list[Rendered] = [item for group in groups for item in group.items]
     batches = batches_by_length([len(item) for item in items], options.micro_batch_tokens)
@@ -365,9 +379,11 @@ def _resume(
     state = load_checkpoint(run / "checkpoints")
     # All processes must take the same one, also when the newest appeared between two looks.
     (step,) = broadcast_object_list([state["step"] if state else 0])
-    if state is None or step == 0:
+    if step == 0:
         return _Progress()
-    if state["step"] != step or len(state["random"]) != accelerator.num_processes:
+    if state is None or state["step"] != step:
+        raise OptionsError(f"output: process {accelerator.process_index} does not see step {step} in {run}")
+    if len(state["random"]) != accelerator.num_processes:
         raise OptionsError(
             f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
         )

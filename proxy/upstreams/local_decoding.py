@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from reward.bases import resolve_base
+from reward.bases import quiet_loading, resolve_base
 from reward.devices import choose_device, choose_dtype
 from reward.errors import ModelLoadError
 
@@ -49,16 +49,17 @@ def load(name: str, *, device: str, dtype: str, trust_remote_code: bool) -> Lang
     number_format = choose_dtype(dtype, place)
     source = resolve_base(name)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=number_format,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=number_format,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(
             f"cannot load a causal language model from {name!r}: {error}. Name a folder or hub id with config.json, "

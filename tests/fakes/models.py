@@ -26,9 +26,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 Family = Literal["llama", "qwen2", "gpt2"]
+EncoderFamily = Literal["bert", "roberta"]
 
 END, START, PAD, BEGIN = "<|im_end|>", "<|im_start|>", "<|pad|>", "<|begin|>"
 SPECIAL_TOKENS = [PAD, BEGIN, START, END]
@@ -48,6 +51,10 @@ _REWARD: dict[str, Any] = {
     "llama": LlamaForSequenceClassification,
     "qwen2": Qwen2ForSequenceClassification,
     "gpt2": GPT2ForSequenceClassification,
+}
+_ENCODERS: dict[str, tuple[Any, Any]] = {
+    "bert": (BertConfig, BertForSequenceClassification),
+    "roberta": (RobertaConfig, RobertaForSequenceClassification),
 }
 
 
@@ -115,12 +122,20 @@ def build_tiny_reward_model(
 
 
 def build_tiny_encoder_reward_model(
-    path: Path, *, vocab_size: int = 400, max_positions: int = 512, seed: int = 0, spread: float = 0.15
+    path: Path,
+    *,
+    family: EncoderFamily = "bert",
+    vocab_size: int = 400,
+    max_positions: int = 512,
+    seed: int = 0,
+    spread: float = 0.15,
 ) -> Path:
-    """A BERT-like encoder with a one-label head in `path`. Its tokenizer has no chat template."""
+    """An encoder with a one-label head in `path`. Its tokenizer has no chat template; BERT's knows two segments."""
     tokenizer = build_tokenizer(vocab_size, chat_template=False)
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    config = BertConfig(
+    segments = ["token_type_ids"] if family == "bert" else []
+    tokenizer.model_input_names = ["input_ids", *segments, "attention_mask"]
+    config_class, model_class = _ENCODERS[family]
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -131,7 +146,7 @@ def build_tiny_encoder_reward_model(
         pad_token_id=tokenizer.pad_token_id,
         num_labels=1,
     )
-    return _save(BertForSequenceClassification, config, tokenizer, path, seed)
+    return _save(model_class, config, tokenizer, path, seed)
 
 
 def _decoder_config(family: Family, tokenizer: PreTrainedTokenizerFast, max_positions: int, spread: float) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from tests.fakes.models import build_tiny_encoder_reward_model, build_tiny_reward_model
 
-FAMILIES = ("llama", "qwen2", "gpt2", "bert")
+FAMILIES = ("llama", "qwen2", "gpt2", "bert", "roberta")
 
 TinyReward = Callable[[str], Path]
 
@@ -31,6 +31,9 @@ def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> TinyReward:
         if not folder.exists():
             if family == "bert":
                 build_tiny_encoder_reward_model(folder)
+            elif family == "roberta":
+                # Positions are counted from pad_token_id + 1: 512 are left.
+                build_tiny_encoder_reward_model(folder, family="roberta", max_positions=513)
             else:
                 build_tiny_reward_model(folder, family=family)  # type: ignore[arg-type]  # one of FAMILIES
         return folder

@@ -208,11 +208,15 @@ async def test_closing_answers_everyone_and_refuses_the_next() -> None:
 
 async def test_closing_while_a_failing_batch_is_halved_answers_everyone() -> None:
     async with running() as (device, worker):
-        tasks = [await submitted(worker, item) for item in ("x", "bad", "xx", "xxx")]
+        first = await submitted(worker, "x")
         await device.entered.acquire()
-        device.allow()
-        await device.entered.acquire()  # the first half has begun
+        tasks = [await submitted(worker, item) for item in ("x", "bad", "xx", "xxx")]
+        for _ in range(2):
+            device.allow()
+            await device.entered.acquire()
+        assert [len(batch) for batch in device.batches] == [1, 4, 2]  # the first half has begun
         await worker.aclose()
+        assert await first == [1]
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(outcome, ScoringError) for outcome in outcomes)
 

@@ -60,7 +60,11 @@ def evaluate(
         rewards = score_with_progress(model, items, max_batch_tokens)
     except (RewardError, ValueError) as error:
         raise CommandError(str(error)) from error
-    report = build_report(model, groups, rewards, training, pool)
+    try:
+        report = build_report(model, groups, rewards, training, pool)
+    except ValueError as error:
+        # Bags of words need words that several training completions share.
+        raise CommandError(f"--baseline-data: {error}") from error
     report["truncated"] = sum(item.truncated for item in items)
     report["skipped"] = skipped.count
     if as_json:

@@ -46,7 +46,10 @@ def score(
     if skipped.count:
         progress_console().print(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
     if output is not None:
-        count = write_records(output, scored)
+        try:
+            count = write_records(output, scored)
+        except (DataError, OSError) as error:
+            raise CommandError(f"-o {output}: {error}") from error
         progress_console().print(f"{count} records in {output}")
     elif as_json:
         for record in scored:
