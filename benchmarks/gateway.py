@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -54,10 +54,13 @@ class Workload:
     stream: bool = False
 
 
-def run(rounds: int = ROUNDS) -> list[Table]:
-    """About a minute. Raises `RuntimeError` when a server does not start or an answer is not what was asked for."""
-    with _servers() as (upstream, floor, winnow, parallel):
-        return asyncio.run(_measure(upstream, floor, winnow, parallel, rounds))
+def run(rounds: int = ROUNDS, share: float = 1.0) -> list[Table]:
+    """About a minute. `share`: of the usual number of requests.
+
+    Raises `RuntimeError` when a server does not start or an answer is not what was asked for.
+    """
+    with _servers() as servers:
+        return asyncio.run(_measure(*servers, rounds, share))
 
 
 @contextlib.contextmanager
@@ -72,7 +75,9 @@ def _servers() -> Iterator[tuple[Server, Server, Server, Server]]:
         yield upstream, floor, winnow, parallel
 
 
-async def _measure(upstream: Server, floor: Server, winnow: Server, parallel: Server, rounds: int) -> list[Table]:
+async def _measure(
+    upstream: Server, floor: Server, winnow: Server, parallel: Server, rounds: int, share: float
+) -> list[Table]:
     plain = [Target("floor", floor), Target("winnow, best_of 1", winnow)]
     workloads = [
         Workload("Plain request", plain, 1000),
@@ -90,7 +95,8 @@ async def _measure(upstream: Server, floor: Server, winnow: Server, parallel: Se
         workloads.append(Workload(f"{n} candidates unscored, {n} upstream calls", calls, requests))
         workloads.append(Workload(f"{n} candidates unscored, one upstream call", one_call, 800))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        tables = [await _cpu_table(session, workload, rounds) for workload in workloads]
+        shares = [replace(workload, requests=max(1, round(workload.requests * share))) for workload in workloads]
+        tables = [await _cpu_table(session, workload, rounds) for workload in shares]
         tables.append(await _latency_table(session, [Target("direct", upstream), *plain], rounds))
         best_of = [
             Target("floor, 16 calls", floor, headers={"x-floor-calls": "16"}),
@@ -137,9 +143,11 @@ async def _latency_table(session: aiohttp.ClientSession, targets: Sequence[Targe
     return Table(title, ["target", "p50 ms", "added p50 ms", f"added, ratio to {floor}"], rows)
 
 
-def _median_ratio(values: Sequence[float], to: Sequence[float]) -> float:
+def _median_ratio(values: Sequence[float], to: Sequence[float]) -> float | None:
     """Round by round, so that a slow round does not favour either."""
-    return statistics.median(value / other for value, other in zip(values, to, strict=True))
+    # Too few requests may cost less than the clock can tell.
+    ratios = [value / other for value, other in zip(values, to, strict=True) if other > 0]
+    return statistics.median(ratios) if ratios else None
 
 
 async def _send_all(session: aiohttp.ClientSession, target: Target, workload: Workload) -> None:

@@ -169,8 +169,8 @@ def commands_page() -> str:
         "# Commands",
         _NOTICE,
         "",
-        "Every command exits 0 on success, 2 on bad usage or bad input, 1 when the work itself failed; errors are one line",
-        "on standard error. Results go to standard output, progress to standard error.",
+        "Every command exits 0 on success, 2 on bad usage or bad input, 1 when the work itself failed. Errors are one",
+        "line on standard error. Results go to standard output, progress to standard error.",
         "",
     ]
     for path, command in commands():

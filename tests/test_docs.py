@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,16 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 from docs import generate
+from feedback.records import parse_preference, parse_ranking
 from proxy import errors
+from proxy.config import Settings
 from proxy.metrics import ProxyMetrics
 from proxy.request import WinnowField
 from proxy.routes import operations
+from proxy.routes.score import ScoreRequest
 from reward.manifest import Manifest
 from reward.metrics import ScoreMetrics
+from training.options import RewardOptions
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -149,6 +154,19 @@ def test_code_in_pages_is_well_formed(page: Path) -> None:
         compile(code, f"{page.name}[{number}]", "exec")
     for document in fences(page, "yaml"):
         yaml.safe_load(document)
+
+
+def test_settings_and_records_in_pages_are_accepted() -> None:
+    page = DOCS / "reward-models.md"
+    (configuration,) = fences(page, "yaml")
+    assert RewardOptions.model_validate(yaml.safe_load(configuration)).tuning == "head"
+    preference, ranking = (json.loads(line) for line in "".join(fences(page, "json")).splitlines())
+    assert parse_preference(preference).chosen[0]["content"] == "Hello!"
+    assert parse_ranking(ranking).ranks == [1, 1, 3]
+    asked, answered = (json.loads(block) for block in fences(DOCS / "api.md", "json"))
+    assert len(ScoreRequest.model_validate(asked).completions) == len(answered["scores"])
+    for document in fences(DOCS / "settings.md", "yaml"):
+        assert Settings.model_validate(yaml.safe_load(document)).route.best_of == 8
 
 
 def test_every_page_is_reachable_from_the_architecture() -> None:

@@ -134,9 +134,9 @@ def gated_head(experts: tuple[Tensor, Tensor], gate: tuple[Tensor, Tensor]) -> G
     return head
 
 
-def _recompute_activations(model: nn.Module) -> None:
+def _recompute_activations(model: Any) -> None:
     # transformers has renamed it: the old name warns, the new one is missing in its first 5.x versions.
-    enable = getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

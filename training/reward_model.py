@@ -261,7 +261,7 @@ def _train_by_gradient(
         if stopping:
             log.note(f"stopped early: no better accuracy in {progress.stale} validations")
     if data.validation:
-        best = torch.load(run / "checkpoints" / "best.pt", map_location=accelerator.device, weights_only=True)
+        best = torch.load(run / "checkpoints" / "best.pt", map_location="cpu", weights_only=True)
         trainable.load_trainable_state(best)
     return {"steps": progress.step, "best_step": progress.best_step if data.validation else progress.step}
 

@@ -106,7 +106,6 @@ def test_stock_folders_score_alike_in_transformers(kind: str, trained: Trained, 
         assert scale.reward(reward) == pytest.approx(scale.reward(raw), abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def load_theirs(kind: Any, folder: Path) -> Any:
     return kind.from_pretrained(folder, num_labels=1).eval()
 
@@ -221,9 +220,7 @@ def test_centring_keeps_rewards_near_nought(task: Task, tmp_path: Path) -> None:
         ({"tuning": "full", "pooling": ["mean"]}, r"it needs pooling: \[last\]"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(
-    settings: dict[str, Any], problem: str, task: Task, tmp_path: Path
-) -> None:
+def test_what_cannot_be_combined_is_refused(settings: dict[str, Any], problem: str, task: Task, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match=problem):
         train_reward_model(tasks.options(task.decoder, tmp_path / "run", [task.train], **settings))
     assert not (tmp_path / "run").exists()

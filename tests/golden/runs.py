@@ -1,0 +1,76 @@
+"""Golden runs: what the first steps of a training gave when they were last looked at.
+
+`python -m tests.golden.runs` writes them anew; a change to one is explained where it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.fakes.models import build_tiny_causal_lm
+from training.options import RewardOptions
+from training.reward_model import train_reward_model
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "data"
+STEPS = 10
+TRAIN = ["oasst_rankings.train", "oasst_preferences.train", "gsm8k_rankings.train"]
+
+REWARD: dict[str, dict[str, Any]] = {
+    "reward_lora": {"tuning": "lora", "learning_rate": 5e-3, "lora": {"rank": 4, "dropout": 0.0}},
+    "reward_lora_pooled": {
+        "tuning": "lora",
+        "learning_rate": 5e-3,
+        "pooling": ["last", "mean"],
+        "lora": {"rank": 4, "dropout": 0.0},
+    },
+    "reward_full": {"tuning": "full", "learning_rate": 1e-3, "weight_decay": 0.01, "centering": 0.01},
+}
+"""Settings of each golden run of the reward trainer, on the sample of real data."""
+
+
+def reward_steps(name: str, home: Path) -> list[dict[str, float]]:
+    """Loss and gradient norm (before clipping) of the first steps."""
+    torch.set_num_threads(1)
+    base = build_tiny_causal_lm(home / "base")
+    options = RewardOptions.model_validate(
+        {
+            "base": str(base),
+            "output": str(home / name),
+            "train": [str(DATA / f"{file}.jsonl.gz") for file in TRAIN],
+            "device": "cpu",
+            "max_length": 256,
+            "global_batch_size": 8,
+            "micro_batch_tokens": 4096,
+            "epochs": STEPS / 14,
+            "seed": 11,
+            **REWARD[name],
+        }
+    )
+    train_reward_model(options)
+    lines = (home / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: json.loads(line)[key] for key in ("step", "loss", "grad_norm")} for line in lines]
+
+
+def golden(name: str) -> list[dict[str, float]]:
+    """What is on record."""
+    record: list[dict[str, float]] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def main() -> None:
+    for name in REWARD:
+        with tempfile.TemporaryDirectory() as home:
+            lines = [json.dumps(step) for step in reward_steps(name, Path(home))]
+        (HERE / f"{name}.json").write_text("[\n " + ",\n ".join(lines) + "\n]\n", encoding="utf-8")
+        print(f"{name}: {len(lines)} steps", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

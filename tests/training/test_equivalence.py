@@ -1,0 +1,83 @@
+"""One step is one step, however its batch is cut up: over micro-batches, and over processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training import tasks
+from tests.training.conftest import Task
+from training.options import RewardOptions
+from training.reward_model import train_reward_model
+
+LORA: dict[str, Any] = {"tuning": "lora", "learning_rate": 3e-3, "lora": {"dropout": 0.0}}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_micro_batches_do_not_change_a_step(tuning: str, task: Task, tmp_path: Path) -> None:
+    logs = []
+    for tokens in (1, 300, 100_000):
+        run = tmp_path / str(tokens)
+        settings = {**LORA, "tuning": tuning, "global_batch_size": 10, "epochs": 1.0, "micro_batch_tokens": tokens}
+        train_reward_model(tasks.options(task.decoder, run, [task.rankings, task.train], **settings))
+        logs.append(tasks.read_log(run))
+    for log in logs[1:]:
+        for name in ("loss", "grad_norm", "accuracy", "tokens"):
+            assert [line[name] for line in log] == pytest.approx([line[name] for line in logs[0]], rel=1e-5), name
+
+
+def on_two_processes(chosen: RewardOptions, home: Path) -> Path:
+    config = tasks.write_config(home / "config.yaml", chosen)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "winnow"]
+    done = subprocess.run(
+        [*launch, "train", "reward", "--config", str(config)],
+        env=tasks.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(chosen.output)
+
+
+def test_two_processes_train_the_same_adapter(task: Task, tmp_path: Path) -> None:
+    """Also with a last batch of one prompt, and with held-out data that fit one batch: one process has no part."""
+
+    def options(name: str) -> RewardOptions:
+        train = tasks.write_rankings(tmp_path / "train.jsonl", 9, seed=6)
+        validation = tasks.write_preferences(tmp_path / "validation.jsonl", 6, seed=7)
+        settings = {**LORA, "global_batch_size": 4, "epochs": 3.0, "eval_every": 2, "save_every": 2}
+        return tasks.options(task.decoder, tmp_path / name, [train], [validation], **settings)
+
+    run = on_two_processes(options("two"), tmp_path)
+    train_reward_model(options("one"))
+    ours, theirs = tasks.read_log(tmp_path / "one"), tasks.read_log(run)
+    assert len(ours) == len(theirs) == 9 + 5
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    weights, others = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (tmp_path / "one", run))
+    assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
+
+
+def test_two_processes_fit_the_same_head(task: Task, tmp_path: Path) -> None:
+    def options(name: str) -> RewardOptions:
+        return tasks.options(
+            task.decoder,
+            tmp_path / name,
+            [task.train, task.opposite_train],
+            [task.validation],
+            pooling=["last", "mean"],
+            gated=True,
+        )
+
+    run = on_two_processes(options("two"), tmp_path)
+    train_reward_model(options("one"))
+    weights, others = (load_file(folder / "model" / "head.safetensors") for folder in (tmp_path / "one", run))
+    assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
