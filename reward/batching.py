@@ -39,6 +39,8 @@ class BatchingOptions:
     """Padded tokens in one forward pass: longest × count. One item alone always fits."""
     max_batch_size: int = 64
     """Completions in one forward pass."""
+    max_padding: float | None = None
+    """Most of a batch that may be padding, as a share from 0 to 1. None leaves it to whoever knows the device."""
     max_queue: int = 1024
     """Completions waiting; past it callers are refused."""
 
@@ -46,6 +48,8 @@ class BatchingOptions:
         for name in ("max_batch_tokens", "max_batch_size", "max_queue"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_padding is not None and not 0 <= self.max_padding <= 1:
+            raise ValueError(f"max_padding must be a share from 0 to 1, not {self.max_padding}")
 
 
 @dataclass(slots=True, eq=False)
@@ -58,19 +62,21 @@ def take_batch(lengths: Sequence[int], options: BatchingOptions) -> list[int]:
     """Which of the waiting items, oldest first, form the next batch: indices, the oldest always among them.
 
     Others join nearest in length first, older first among equals, while longest × count stays within
-    `max_batch_tokens`.
+    `max_batch_tokens` and no more than `max_padding` of it is padding.
     """
     if not lengths:
         return []
     oldest = lengths[0]
-    batch, longest = [0], oldest
+    batch, longest, tokens = [0], oldest, oldest
+    least_share = 0.0 if options.max_padding is None else 1 - options.max_padding
     for index in sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - oldest)):
         if len(batch) == options.max_batch_size:
             break
-        if max(longest, lengths[index]) * (len(batch) + 1) > options.max_batch_tokens:
+        padded = max(longest, lengths[index]) * (len(batch) + 1)
+        if padded > options.max_batch_tokens or tokens + lengths[index] < padded * least_share:
             continue
         batch.append(index)
-        longest = max(longest, lengths[index])
+        longest, tokens = max(longest, lengths[index]), tokens + lengths[index]
     return batch
 
 
@@ -105,10 +111,7 @@ class BatchingWorker(Generic[ItemT]):
         if self._closed or self._task is None:
             raise ScoringError("the scorer is closed")
         if len(items) > self._options.max_queue:
-            raise ScoringError(
-                f"{len(items)} completions in one call, but the queue holds {self._options.max_queue}: "
-                "send fewer, or raise score_max_queue"
-            )
+            raise ScoringError(f"{len(items)} completions in one call, but the queue holds {self._options.max_queue}")
         if len(self._waiting) + len(items) > self._options.max_queue:
             raise QueueFullError(f"{len(self._waiting)} completions wait to be scored; try again later")
         loop = asyncio.get_running_loop()

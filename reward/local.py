@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from feedback.records import Messages
@@ -17,6 +18,10 @@ from reward.scorer import Score
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
+
+
+CPU_MAX_PADDING = 0.2
+"""Batches on a CPU, unless the options say otherwise: there padding costs more than batching gains."""
 
 
 class LocalScorer:
@@ -45,10 +50,8 @@ class LocalScorer:
         self._metrics = metrics
         self._model: RewardModel | None = None
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
-        on_depth = metrics.queue_depth.set if metrics else _ignore_depth
-        self._worker: BatchingWorker[Rendered] = BatchingWorker(
-            self._run_batch, batching or BatchingOptions(), on_depth
-        )
+        self._batching = batching or BatchingOptions()
+        self._worker: BatchingWorker[Rendered] | None = None
 
     @property
     def name(self) -> str:
@@ -62,12 +65,23 @@ class LocalScorer:
 
     async def start(self) -> None:
         self._model = await asyncio.get_running_loop().run_in_executor(self._device_thread, self._load)
+        options = self._batching
+        if options.max_padding is None and self._model.device.type == "cpu":
+            options = replace(options, max_padding=CPU_MAX_PADDING)
+        on_depth = self._metrics.queue_depth.set if self._metrics else _ignore_depth
+        self._worker = BatchingWorker(self._run_batch, options, on_depth)
         self._worker.start()
 
     async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
-        model = self._loaded()
+        model, worker = self._loaded(), self._worker
+        assert worker is not None, "made when the model was loaded"
+        if len(completions) > self._batching.max_queue:
+            raise InputError(
+                f"{len(completions)} completions in one call, but the queue holds {self._batching.max_queue}: "
+                "send fewer, or raise reward.max_queue"
+            )
         rendered = await asyncio.to_thread(self._render, model, prompt, completions)
-        rewards = await self._worker.submit(rendered)
+        rewards = await worker.submit(rendered)
         scale = model.manifest.normalisation
         scores = []
         for item, raw_reward in zip(rendered, rewards, strict=True):
@@ -88,7 +102,8 @@ class LocalScorer:
         return self._loaded().manifest.normalisation.at_percentile(percentile)
 
     async def aclose(self) -> None:
-        await self._worker.aclose()
+        if self._worker is not None:
+            await self._worker.aclose()
         self._model = None
         # A forward pass that is under way ends by itself; nobody waits for it any more.
         self._device_thread.shutdown(wait=False, cancel_futures=True)

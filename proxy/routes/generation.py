@@ -21,7 +21,7 @@ from proxy.judging import Judge
 from proxy.relay import relay
 from proxy.request import Ask, PromptPart, parse_ask
 from proxy.response import Result
-from proxy.strategies.best_of_n import BestOfN, Outcome
+from proxy.strategies.best_of_n import BestOfN, Outcome, rejection
 from proxy.streaming import stream_result
 from proxy.upstreams.base import UpstreamCall
 from proxy.validity import compile_rules
@@ -93,6 +93,9 @@ class _Request:
         )
         # Counted when the winners are known: the tokens are spent, whether or not the client stays to read.
         response.record(result, self.gateway.metrics)
+        for outcome in outcomes:
+            if outcome.action == "error":
+                raise rejection(outcome, strategy.min_reward)
         return result
 
     def _strategy(self, scorer: Scorer | None) -> BestOfN:

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from feedback.records import Messages, RecordError, parse_messages
 from proxy.admission import client_left, read_body, while_client_waits
-from proxy.errors import BadRequestError, OverloadedError, RewardUnavailableError
+from proxy.errors import BadRequestError, MethodNotAllowedError, OverloadedError, RewardUnavailableError
 from proxy.gateway import Gateway
 from proxy.headers import raw
 from proxy.request import check, parse_object
@@ -38,6 +38,9 @@ class ScoreEndpoint:
     gateway: Gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            # Ours alone: the upstream, to which unknown paths go, could only be confused by it.
+            raise MethodNotAllowedError(f"Method Not Allowed: {scope['method']} {PATH}")
         with self.gateway.admission.admit():
             body = await read_body(receive, self.gateway.settings.server.max_body_bytes)
             request = check(ScoreRequest, parse_object(body))

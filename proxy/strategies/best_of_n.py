@@ -66,7 +66,7 @@ class BestOfN:
     """Loop time at which the request came in."""
 
     async def run(self, part: PromptPart, job: Job) -> Outcome:
-        """Raises `UpstreamFailedError`, `DeadlineError`, `RejectedError`, `RewardUnavailableError`."""
+        """Raises `UpstreamFailedError`, `DeadlineError`, `RewardUnavailableError`."""
         progress = _Progress()
         await self._round(progress, part, job, self.ask.best_of)
         self._require_answers(progress.judged)
@@ -78,8 +78,6 @@ class BestOfN:
         # An unscored winner is marked as such; there is no reward to reject it by.
         rejected = self.min_reward is not None and progress.scored and not selection.accepted
         action: OnReject | None = self.ask.on_reject if rejected else None
-        if action == "error":
-            raise RejectedError(self._rejection(progress.judged, selection))
         if action == "fallback":
             selection = await self._fall_back(progress, part, job, selection)
         return Outcome(
@@ -138,10 +136,12 @@ class BestOfN:
         if answered < min(max(self.route.min_candidates, self.ask.n), len(judged)):
             raise all_failed([one.candidate for one in judged], self.ask.deadline_s)
 
-    def _rejection(self, judged: Sequence[Judged], selection: Selection) -> str:
-        best = judged[selection.order[0]]
-        found = best.invalid_reason or f"reward {best.score.reward:.3f}" if best.score else best.invalid_reason
-        return f"None of {len(judged)} candidates reached the reward {self.min_reward:.3f}; the best: {found}"
+
+def rejection(outcome: Outcome, min_reward: float | None) -> RejectedError:
+    """What `on_reject: error` answers."""
+    best = outcome.best
+    found = best.invalid_reason or (f"reward {best.score.reward:.3f}" if best.score else "not scored")
+    return RejectedError(f"None of {len(outcome.judged)} candidates reached the reward {min_reward}; the best: {found}")
 
 
 def all_failed(candidates: Sequence[Candidate], deadline_s: float | None) -> ProxyError:

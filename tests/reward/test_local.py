@@ -171,7 +171,9 @@ async def test_a_full_queue_refuses_and_a_cancelled_caller_frees_it(
     def depth() -> float | None:
         return registry.get_sample_value("winnow_score_queue_depth")
 
-    async with started(tiny_reward("bert"), batching=BatchingOptions(max_queue=2), metrics=metrics) as scorer:
+    async with started(
+        tiny_reward("bert"), batching=BatchingOptions(max_queue=2, max_padding=1), metrics=metrics
+    ) as scorer:
         running = asyncio.create_task(scorer.score(QUESTION, ANSWERS[:1]))
         await enter(gate[0])
         leaving = asyncio.create_task(scorer.score(QUESTION, ANSWERS[:2]))
@@ -202,7 +204,7 @@ async def test_closing_while_scoring_answers_everyone(tiny_reward: TinyReward, g
 async def test_a_failing_forward_is_halved_and_the_scorer_lives_on(
     tiny_reward: TinyReward, gate: list[GatedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with started(tiny_reward("bert")) as scorer:
+    async with started(tiny_reward("bert"), batching=BatchingOptions(max_padding=1)) as scorer:
         # Both on the whole batch of three, then on its first half, which is one completion.
         gate[0].errors = [RuntimeError("out of memory"), RuntimeError("out of memory")]
         gate[0].open()
@@ -215,7 +217,9 @@ async def test_a_failing_forward_is_halved_and_the_scorer_lives_on(
 
 async def test_metrics_move(tiny_reward: TinyReward) -> None:
     registry = CollectorRegistry()
-    async with started(tiny_reward("llama"), metrics=ScoreMetrics(registry)) as scorer:
+    async with started(
+        tiny_reward("llama"), batching=BatchingOptions(max_padding=1), metrics=ScoreMetrics(registry)
+    ) as scorer:
         await scorer.score(QUESTION, ANSWERS)
         await scorer.score(QUESTION, ANSWERS[:1])
     assert registry.get_sample_value("winnow_score_batch_size_count") == 2

@@ -50,6 +50,19 @@ def test_nobody_is_left_out_who_would_cost_nothing(lengths: list[int], options: 
         assert all(lengths[i] > width for i in range(len(lengths)) if i not in batch)
 
 
+def test_padding_is_bounded_where_asked() -> None:
+    # 100 beside 60: 40 of 200 tokens are padding, exactly a fifth; 50 would be more.
+    assert take_batch([100, 60, 50], BatchingOptions(max_padding=0.2)) == [0, 1]
+    assert take_batch([100, 50], BatchingOptions(max_padding=0)) == [0]
+
+
+@given(waiting, st.floats(0, 1))
+def test_no_batch_holds_more_padding_than_allowed(lengths: list[int], max_padding: float) -> None:
+    batch = take_batch(lengths, BatchingOptions(max_padding=max_padding))
+    padded = max((lengths[i] for i in batch), default=0) * len(batch)
+    assert padded - sum(lengths[i] for i in batch) <= max_padding * padded + 1e-6
+
+
 @given(waiting, limits)
 def test_repeated_batches_take_everyone_once_and_the_oldest_first(lengths: list[int], options: BatchingOptions) -> None:
     left = list(range(len(lengths)))

@@ -62,11 +62,13 @@ def accuracy(fitted: FittedHead, data: HeadData) -> float:
 
 def scale_of(data: HeadData) -> Tensor:
     """The units in which the penalty is meant: deviations of the features, and one for their number."""
-    return data.features.std(dim=0) * data.features.shape[1] ** 0.5
+    scale: Tensor = data.features.std(dim=0) * data.features.shape[1] ** 0.5
+    return scale
 
 
 def direction(weight: Tensor) -> Tensor:
-    return weight / weight.norm()
+    unit: Tensor = weight / weight.norm()
+    return unit
 
 
 def test_the_gradient_vanishes_at_the_solution() -> None:

@@ -102,7 +102,7 @@ def test_an_empty_file_misses_its_settings(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="nowhere.yaml: No such file"):
+    with pytest.raises(OptionsError, match=r"nowhere\.yaml: No such file"):
         load_options(RewardOptions, tmp_path / "nowhere.yaml")
 
 

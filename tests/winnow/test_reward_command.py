@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, capsys: pytest.Captu
     tied.write_text('{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}\n', encoding="utf-8")
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
-    for arguments, problem in [
+    cases: list[tuple[list[str | Path], str]] = [
         (["--reward-model", "unread", "--data", bad], f"{bad}:2: ranks: has 1 entries for 2 completions"),
         (["--reward-model", "unread", "--data", VALIDATION[0], bad], f"{bad}:2: ranks: "),
         (["--reward-model", "unread", "--data", tmp_path / "no.jsonl"], "no.jsonl: no such file"),
@@ -140,7 +140,8 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, capsys: pytest.Captu
         (["--reward-model", tmp_path, "--data", VALIDATION[0]], "cannot load the reward model"),
         (["--reward-model", model, "--data", VALIDATION[0], "--baseline-data", few], "--baseline-data: "),
         (["--reward-model", model], "--data"),
-    ]:
+    ]
+    for arguments, problem in cases:
         code, printed, complaint = evaluate(capsys, *arguments)
         assert (code, printed) == (2, ""), arguments
         assert problem in complaint.splitlines()[-1]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,25 @@ def test_a_bad_record_is_one_line_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
+def test_without_a_file_records_come_from_standard_input(
+    model: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def piped(text: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
+        code = score("--reward-model", model, "--json")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    text = records.read_text(encoding="utf-8")
+    code, shown, _ = piped(text)
+    assert code == 0
+    assert score("--reward-model", model, records, "--json") == 0
+    assert capsys.readouterr().out == shown
+    code, shown, complaint = piped(text + "{}\n")
+    assert (code, shown) == (2, "")
+    assert "stdin:4: prompt: is missing" in complaint
+
+
 def test_bad_records_can_be_skipped(model: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with records.open("a", encoding="utf-8") as file:
         file.write("no json\n")
@@ -153,13 +174,13 @@ def test_bad_records_can_be_skipped(model: Path, records: Path, capsys: pytest.C
 def test_what_cannot_be_scored_is_one_line(
     model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, problem in [
+    cases: list[tuple[list[str | Path], str]] = [
         (["--reward-model", model, tmp_path / "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--reward-model", tmp_path, records], "cannot load the reward model"),
         (["--reward-model", model, records, "-o", tmp_path / "out.parquet"], "out.parquet: "),
         (["--reward-model", model, records, "--dtype", "float3"], "'float3' is not a dtype"),
-        (["--reward-model", model], "IN"),
-    ]:
+    ]
+    for arguments, problem in cases:
         assert score(*arguments) == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.startswith("winnow: ")

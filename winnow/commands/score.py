@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +26,10 @@ SHOWN_CHARACTERS = 80
 
 
 def score(
-    file: Annotated[Path, typer.Argument(metavar="IN", help="Records with prompt and completion or completions.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[IN]", help="Records with prompt and completion or completions; else standard input."),
+    ] = None,
     reward_model: str = typer.Option("default", help="Folder, hub id, or `default`."),
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write scored records to this file.")] = None,
     as_json: bool = typer.Option(False, "--json", help="Scored records as JSON lines on standard output."),
@@ -38,7 +45,8 @@ def score(
     """
     skipped = Skipped()
     try:
-        records = list(read_records([file], parse_completions, skipped if skip_invalid else None))
+        with _input(file) as path:
+            records = list(read_records([path], parse_completions, skipped if skip_invalid else None))
     except DataError as error:
         raise CommandError(str(error)) from error
     model = load_model(reward_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -56,6 +64,18 @@ def score(
             print(json.dumps(record, ensure_ascii=False))  # noqa: T201
     else:
         _show(records, scored)
+
+
+@contextmanager
+def _input(file: Path | None) -> Iterator[Path]:
+    """The file, or a copy of standard input under a name that error messages can show."""
+    if file is not None:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stdin"
+        path.write_bytes(sys.stdin.buffer.read())
+        yield path
 
 
 def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: int) -> list[dict[str, Any]]:

