@@ -154,6 +154,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (list, tuple):
         return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
     if hasattr(annotation, "__metadata__"):
         pattern = [getattr(one, "metadata", ()) for one in annotation.__metadata__]
         return "percentile (`p20`)" if annotation.__origin__ is str and pattern else _type(annotation.__origin__)

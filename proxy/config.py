@@ -106,8 +106,8 @@ class RewardSettings(_Section):
 
     model: str = "default"
     """A folder, a hub id, `default` for the shipped one, or `none`: nothing is scored."""
-    max_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens in one forward pass (longest × count)."""
+    max_batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens in one forward pass (longest × count); unset, 2048 on a CPU and 16384 on a GPU."""
     max_batch_size: int = Field(default=64, ge=1)
     """Completions in one forward pass."""
     max_padding: float | None = Field(default=None, ge=0, le=1)

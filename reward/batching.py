@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from reward.errors import QueueFullError, ScoringError
@@ -31,25 +32,42 @@ RunBatch = Callable[[Sequence[ItemT]], Awaitable[Sequence[float]]]
 """Runs one batch; as many results as items, in order."""
 
 
+CPU_BATCH_TOKENS = 2048
+CPU_MAX_PADDING = 0.2
+"""Measured on two cores (135M, fp32): 2048 padded tokens a pass score 1.2 to 1.4 × as fast as 8192, since the
+activations stay in the cache; and padding costs more than batching gains."""
+GPU_BATCH_TOKENS = 16_384
+
+
 @dataclass(frozen=True, slots=True)
 class BatchingOptions:
     """Limits of the batching worker."""
 
-    max_batch_tokens: int = 16_384
-    """Padded tokens in one forward pass: longest × count. One item alone always fits."""
+    max_batch_tokens: int | None = None
+    """Padded tokens in one forward pass: longest × count. One item alone always fits. None: as the device likes it."""
     max_batch_size: int = 64
     """Completions in one forward pass."""
     max_padding: float | None = None
-    """Most of a batch that may be padding, as a share from 0 to 1. None leaves it to whoever knows the device."""
+    """Most of a batch that may be padding, as a share from 0 to 1. None: as the device likes it."""
     max_queue: int = 1024
     """Completions waiting; past it callers are refused."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_batch_size", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.max_padding is not None and not 0 <= self.max_padding <= 1:
             raise ValueError(f"max_padding must be a share from 0 to 1, not {self.max_padding}")
+
+    def on_device(self, kind: str) -> BatchingOptions:
+        """With what was left open filled in for a device of this kind (`cpu`, `cuda`, …)."""
+        tokens, padding = (CPU_BATCH_TOKENS, CPU_MAX_PADDING) if kind == "cpu" else (GPU_BATCH_TOKENS, 1.0)
+        return replace(
+            self,
+            max_batch_tokens=tokens if self.max_batch_tokens is None else self.max_batch_tokens,
+            max_padding=padding if self.max_padding is None else self.max_padding,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -68,12 +86,13 @@ def take_batch(lengths: Sequence[int], options: BatchingOptions) -> list[int]:
         return []
     oldest = lengths[0]
     batch, longest, tokens = [0], oldest, oldest
+    most_tokens = math.inf if options.max_batch_tokens is None else options.max_batch_tokens
     least_share = 0.0 if options.max_padding is None else 1 - options.max_padding
     for index in sorted(range(1, len(lengths)), key=lambda i: abs(lengths[i] - oldest)):
         if len(batch) == options.max_batch_size:
             break
         padded = max(longest, lengths[index]) * (len(batch) + 1)
-        if padded > options.max_batch_tokens or tokens + lengths[index] < padded * least_share:
+        if padded > most_tokens or tokens + lengths[index] < padded * least_share:
             continue
         batch.append(index)
         longest, tokens = max(longest, lengths[index]), tokens + lengths[index]

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from feedback.records import Messages
@@ -18,10 +17,6 @@ from reward.scorer import Score
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
-
-
-CPU_MAX_PADDING = 0.2
-"""Batches on a CPU, unless the options say otherwise: there padding costs more than batching gains."""
 
 
 class LocalScorer:
@@ -65,9 +60,7 @@ class LocalScorer:
 
     async def start(self) -> None:
         self._model = await asyncio.get_running_loop().run_in_executor(self._device_thread, self._load)
-        options = self._batching
-        if options.max_padding is None and self._model.device.type == "cpu":
-            options = replace(options, max_padding=CPU_MAX_PADDING)
+        options = self._batching.on_device(self._model.device.type)
         on_depth = self._metrics.queue_depth.set if self._metrics else _ignore_depth
         self._worker = BatchingWorker(self._run_batch, options, on_depth)
         self._worker.start()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from reward.bases import quiet_loading, resolve_base
+from reward.batching import BatchingOptions
 from reward.devices import choose_device, choose_dtype
 from reward.errors import InputError, ModelLoadError
 from reward.manifest import Head, Manifest, Probe, load_manifest
@@ -67,12 +68,14 @@ class RewardModel:
     def score_all(
         self,
         items: Sequence[Rendered],
-        max_batch_tokens: int = 16_384,
+        max_batch_tokens: int | None = None,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> list[float]:
         """Raw rewards of any number of items, in order: batches of similar length, for offline work."""
         rewards = [0.0] * len(items)
-        for batch in batches_by_length([len(item) for item in items], max_batch_tokens):
+        limit = BatchingOptions(max_batch_tokens=max_batch_tokens).on_device(self.device.type).max_batch_tokens
+        assert limit is not None
+        for batch in batches_by_length([len(item) for item in items], limit):
             for index, reward in zip(batch, self.raw_rewards([items[i] for i in batch]), strict=True):
                 rewards[index] = reward
             on_progress(len(batch))

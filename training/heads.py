@@ -33,12 +33,15 @@ class HeadData:
     prompt_features: Tensor  # (G, P) pooled hidden states of the prompts
     better: Tensor  # (M,) positions in features
     worse: Tensor  # (M,)
-    weights: Tensor  # (M,) pair weight / pairs of the group
+    weights: Tensor  # (M,) what each pair counts
     margins: Tensor  # (M,)
     pair_group: Tensor  # (M,) the group of each pair
     completion_group: Tensor  # (N,) the group of each completion
     group_fold: Tensor  # (G,) cross-validation fold; a prompt is in one
     group_domain: Tensor  # (G,) domain of each group, 0 … E−1
+    gate_features: Tensor  # (X, P) prompts without comparisons, for the gate alone; X may be 0
+    gate_fold: Tensor  # (X,)
+    gate_domain: Tensor  # (X,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +130,12 @@ def _calibrate(held_out: Tensor, weights: Tensor) -> tuple[float, float]:
 
 def _fit_gate(data: HeadData, num_domains: int, options: HeadFitOptions) -> tuple[Tensor, Tensor, float]:
     """Multinomial logistic regression of the domain on the prompt: (E, P), (E,), chosen penalty."""
-    mean = data.prompt_features.mean(dim=0)
-    scale = data.prompt_features.std(dim=0).clamp(min=1e-6) * math.sqrt(data.prompt_features.shape[1])
-    inputs = (data.prompt_features - mean) / scale  # (G, P)
-    labels = data.group_domain
+    prompts = torch.cat([data.prompt_features, data.gate_features])
+    mean = prompts.mean(dim=0)
+    scale = prompts.std(dim=0).clamp(min=1e-6) * math.sqrt(prompts.shape[1])
+    inputs = (prompts - mean) / scale  # (G + X, P)
+    labels = torch.cat([data.group_domain, data.gate_domain])
+    folds = torch.cat([data.group_fold, data.gate_fold])
     # Domains count alike, however many prompts each happens to have.
     balance = len(labels) / (num_domains * torch.bincount(labels, minlength=num_domains).clamp(min=1))
     width = inputs.shape[1]
@@ -148,7 +153,7 @@ def _fit_gate(data: HeadData, num_domains: int, options: HeadFitOptions) -> tupl
     for penalty in options.gate_l2:
         logits = torch.zeros(len(labels), num_domains)
         for fold in range(options.folds):
-            kept = data.group_fold != fold
+            kept = folds != fold
             if not kept.any() or kept.all():
                 continue
             matrix, offset = fit(kept, penalty)

@@ -29,8 +29,7 @@ def start_accelerator(options: RewardOptions) -> Accelerator:
         raise OptionsError(f"device: {error}") from error
     precision = options.mixed_precision
     if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "no"
+        precision = "bf16" if _computes_in_bf16(device, options) else "no"
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(variable, "").lower() in ("1", "true"):
             raise OptionsError(f"{variable} asks for sharding, which this trainer does not do: start with torchrun")
@@ -40,6 +39,14 @@ def start_accelerator(options: RewardOptions) -> Accelerator:
         raise OptionsError(f"the launch cannot work: {error}") from error
     _check_launch(accelerator)
     return accelerator
+
+
+def _computes_in_bf16(device: torch.device, options: RewardOptions) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # CPUs with bf16 matrix units pass a frozen base 2.5 times as fast in it; those without, several times slower.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and options.tuning == "head" and bool(capabilities.get("amx_bf16"))
 
 
 def _check_launch(accelerator: Accelerator) -> None:

@@ -75,7 +75,7 @@ def model_card(manifest: Manifest) -> str:
         "| file | SHA-256 |",
         "| --- | --- |",
     ]
-    for entry in [*training["data"], *training["validation_data"]]:
+    for entry in [*training["data"], *training["validation_data"], *training["gate_data"]]:
         lines.append(f"| {entry['file']} | `{entry['sha256'][:16]}…` |")
     lines += [
         "",

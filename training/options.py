@@ -43,6 +43,8 @@ class HeadFitOptions(_Options):
     """L2 penalties to choose from by cross-validation over prompts, for each domain by itself."""
     gate_l2: list[float] = [1e-6, 1e-5, 1e-4, 1e-3]
     """The same for the gate."""
+    pair_weighting: Literal["prompt", "pair"] = "prompt"
+    """What counts as one: a prompt, however many comparisons it has (InstructGPT), or each comparison."""
     folds: int = Field(default=5, ge=2)
     """Folds of the cross-validation; a prompt is in one fold."""
 
@@ -71,6 +73,8 @@ class RewardOptions(_Options):
     """What the head sees: the last token, the mean over the completion, or both."""
     gated: bool = False
     """A linear head for each source of the data, mixed by a gate that sees the prompt only. `tuning: head` only."""
+    gate_prompts: dict[str, list[str]] = {}
+    """More prompts for the gate to know a source by: source to files of records with a `prompt`, unjudged."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     trust_remote_code: bool = False
@@ -115,7 +119,7 @@ class RewardOptions(_Options):
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 on GPUs that have it, else full precision."""
+    """`auto`: bf16 on GPUs that compute in it, and for a frozen base on CPUs that do; else full precision."""
 
 
 OptionsT = TypeVar("OptionsT", bound=_Options)

@@ -23,7 +23,7 @@ from reward.rendering import Rendered
 from training.evaluation import POOLED, accuracy_of, by_source, pair_outcomes
 from training.model_card import model_card
 from training.models import TrainableReward, save_weights
-from training.options import RewardOptions
+from training.options import OptionsError, RewardOptions
 
 PROBES: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -90,13 +90,23 @@ def _measured(
         completion: list[Message] = [{"role": "assistant", "content": answer}]
         (reward,) = model.raw_rewards([model.renderer.render(prompt, completion)])
         probes.append(Probe(prompt, completion, reward))
+    try:
+        normalisation = Normalisation.fit(rewards)
+    except ValueError as error:
+        raise OptionsError(f"the trained model cannot be normalised: {error}") from error
     return replace(
         manifest,
-        normalisation=Normalisation.fit(rewards),
+        normalisation=normalisation,
         num_references=len(rewards),
         accuracy=accuracy,
         probes=tuple(probes),
     )
+
+
+def file_digest(file: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(file).expanduser().open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def render_groups(model: RewardModel, groups: Sequence[ComparisonGroup]) -> list[Rendered]:
@@ -111,19 +121,17 @@ def _training_facts(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     def described(files: Sequence[str]) -> list[dict[str, Any]]:
-        return [
-            {"file": Path(file).name, "sha256": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}
-            for file in files
-        ]
+        return [{"file": Path(file).name, "sha256": file_digest(file)} for file in files]
 
     counts: dict[str, int] = {}
     for group in train:
         counts[group.source] = counts.get(group.source, 0) + len(group.pairs)
     # Paths of this machine say nothing elsewhere.
-    config = options.model_dump(mode="json", exclude={"train", "validation", "output"})
+    config = options.model_dump(mode="json", exclude={"train", "validation", "gate_prompts", "output"})
     return {
         "data": described(options.train),
         "validation_data": described(options.validation),
+        "gate_data": described([file for files in options.gate_prompts.values() for file in files]),
         "pairs": counts,
         "prompts": len(train),
         "validation_pairs": sum(len(group.pairs) for group in validation),

@@ -8,7 +8,7 @@ over all comparisons of the K completions of a prompt, kept together as one batc
 encoded once. Departures:
 
 1. Preferences of one prompt are gathered with its rankings; ties carry no loss.
-2. `tuning: head` freezes the base and solves for the head exactly (`heads`), instead of taking gradient steps.
+2. `tuning: head` freezes the base and solves for the head exactly (`frozen`, `heads`): no gradient steps.
 3. Rewards are normalised afterwards, to mean 0 and deviation 1 over held-out completions, outside the weights
    (the paper shifts its bias so that demonstrations average 0).
 4. Optional: margins in the data (Llama 2), a centring term (`losses.centering_loss`).
@@ -16,9 +16,7 @@ encoded once. Departures:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from torch import Tensor
 from feedback.jsonl import Skipped, read_records, replacing
 from feedback.rankings import ComparisonGroup, group_comparisons
 from feedback.records import Preference, Ranking, parse_preference, parse_ranking
-from reward.network import PooledRewardModel, batches_by_length, collate
+from reward.network import batches_by_length, collate
 from reward.rendering import Rendered
 from training.batches import (
     EncodedGroup,
@@ -47,13 +45,13 @@ from training.batches import (
 )
 from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from training.evaluation import accuracy_of, pair_outcomes
-from training.features import compute_features, load_features
-from training.heads import HeadData, domain_indices, fit_head
+from training.frozen import fit_frozen
+from training.heads import domain_indices
 from training.loop import accumulate, build_optimizer, build_schedule, start_accelerator
 from training.losses import centering_loss, num_correct, pairwise_ranking_loss
-from training.models import TrainableReward, gated_head, load_trainable
+from training.models import TrainableReward, load_trainable
 from training.options import OptionsError, RewardOptions
-from training.publish import publish
+from training.publish import file_digest, publish
 from training.runlog import RunLog
 
 OPTIONS_NAME = "options.json"
@@ -73,21 +71,18 @@ def train_reward_model(options: RewardOptions) -> Path:
     validation = read_comparisons(options.validation, options.skip_invalid, skipped)
     if not train:
         raise OptionsError(f"train: no decided comparison in {', '.join(options.train)}")
-    domains, group_domains = domain_indices([group.source for group in train], options.gated)
+    domains, _ = domain_indices([group.source for group in train], options.gated)
     trainable = load_trainable(options, tuple(domains))
     data = _Data(
         train=encode_groups(train, trainable.renderer),
         validation=encode_groups(validation, trainable.renderer),
-        prompts=[_prompt_key(group) for group in train],
-        domains=domains,
-        group_domains=group_domains,
     )
     # Only now: what cannot be read or loaded leaves no run folder behind. All processes have looked before one writes.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _claim(run, options)
     if options.tuning == "head":
-        facts = _fit_frozen(accelerator, trainable, data, options, run)
+        facts = fit_frozen(accelerator, trainable, train, data.train, options, run)
     else:
         facts = _train_by_gradient(accelerator, trainable, data, options, run)
     if accelerator.is_main_process:
@@ -122,10 +117,6 @@ def read_comparisons(files: Sequence[str], skip_invalid: bool, skipped: Skipped)
 class _Data:
     train: list[EncodedGroup]
     validation: list[EncodedGroup]
-    prompts: list[str]
-    """What identifies each training group's conversation opener, for folds."""
-    domains: list[str]
-    group_domains: list[int]
 
 
 def _refuse_taken(run: Path, options: RewardOptions) -> None:
@@ -134,7 +125,7 @@ def _refuse_taken(run: Path, options: RewardOptions) -> None:
         raise OptionsError(f"output: {run} holds a finished run; choose another folder, or delete it")
     path = run / OPTIONS_NAME
     if path.is_file():
-        described = options.model_dump(mode="json")
+        described = _described(options)
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in described.keys() | before.keys() if described.get(key) != before.get(key))
         if changed:
@@ -146,71 +137,14 @@ def _refuse_taken(run: Path, options: RewardOptions) -> None:
 def _claim(run: Path, options: RewardOptions) -> None:
     """Says in the folder whose run it is."""
     with replacing(run / OPTIONS_NAME) as partial:
-        partial.write_text(options.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_described(options), indent=1) + "\n", encoding="utf-8")
 
 
-# --- frozen base: features once, then a convex fit ------------------------------------------------------------
-
-
-def _fit_frozen(
-    accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
-) -> dict[str, Any]:
-    network = cast(PooledRewardModel, trainable.network)
-    with RunLog(run, active=accelerator.is_main_process) as log:
-        bar = log.task("features", total=-(-len(data.train) // accelerator.num_processes))
-        compute_features(
-            network,
-            data.train,
-            run / "features",
-            device=accelerator.device,
-            max_tokens=options.micro_batch_tokens,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-            on_progress=bar.advance,
-        )
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return {}
-        fitted = fit_head(_head_data(data, run, options), len(data.domains), options.head_fit)
-        if fitted.gate_weight is not None and fitted.gate_bias is not None:
-            network.head = gated_head((fitted.weight, fitted.bias), (fitted.gate_weight, fitted.gate_bias))
-        else:
-            head = cast(torch.nn.Linear, network.head)
-            with torch.no_grad():
-                head.weight.copy_(fitted.weight)
-                head.bias.copy_(fitted.bias)
-        network.to(accelerator.device)
-        chosen = dict(zip(data.domains, fitted.l2, strict=True))
-        log.note(f"head fitted; L2 by cross-validation: {chosen}, gate {fitted.gate_l2}")
-    shutil.rmtree(run / "features")
-    return {"l2": chosen, "gate_l2": fitted.gate_l2}
-
-
-def _head_data(data: _Data, run: Path, options: RewardOptions) -> HeadData:
-    features, prompt_features = load_features(data.train, run / "features")
-    flat = flatten(data.train)
-    return HeadData(
-        features=features,
-        prompt_features=prompt_features,
-        better=flat.better,
-        worse=flat.worse,
-        weights=flat.weights,
-        margins=flat.margins,
-        pair_group=torch.tensor([g for g, group in enumerate(data.train) for _ in group.pairs]),
-        completion_group=torch.tensor([g for g, group in enumerate(data.train) for _ in group.items]),
-        group_fold=torch.tensor([_fold(prompt, options.head_fit.folds, options.seed) for prompt in data.prompts]),
-        group_domain=torch.tensor(data.group_domains),
-    )
-
-
-def _fold(prompt: str, folds: int, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}".encode()).digest()[:8], "big") % folds
-
-
-def _prompt_key(group: ComparisonGroup) -> str:
-    """The conversation's opener: continuations of one conversation must not be torn between folds."""
-    opener = next((m for m in group.prompt if m["role"] == "user"), group.prompt[0])
-    return json.dumps(opener.get("content"), sort_keys=True)
+def _described(options: RewardOptions) -> dict[str, Any]:
+    """The options and what the data files hold: a run must not go on with other data under the same names."""
+    files = [*options.train, *options.validation]
+    digests = {file: file_digest(file) for file in files if Path(file).expanduser().is_file()}
+    return {**options.model_dump(mode="json"), "data": digests}
 
 
 # --- gradient steps -------------------------------------------------------------------------------------------

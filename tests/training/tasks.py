@@ -73,6 +73,7 @@ def options(
         "train": [str(path) for path in train],
         "validation": [str(path) for path in validation],
         "device": "cpu",
+        "mixed_precision": "no",
         "max_length": 96,
         "seed": 3,
     }

@@ -43,7 +43,31 @@ def synthetic(
         completion_group=torch.arange(num_groups).repeat_interleave(2),
         group_fold=torch.arange(num_groups) // num_domains % 5,
         group_domain=domain,
+        gate_features=torch.empty(0, prompts.shape[1]),
+        gate_fold=torch.empty(0, dtype=torch.long),
+        gate_domain=torch.empty(0, dtype=torch.long),
     )
+
+
+def test_unjudged_prompts_teach_the_gate_alone() -> None:
+    data = synthetic(num_domains=2)
+    shift = torch.zeros(1, data.prompt_features.shape[1])
+    shift[0, 1] = 5.0
+    plain = fit_head(data, 2, HeadFitOptions())
+    more = replace(
+        data,
+        gate_features=data.prompt_features[:40] + shift,
+        gate_fold=torch.arange(40) % 5,
+        gate_domain=torch.ones(40, dtype=torch.long),
+    )
+    taught = fit_head(more, 2, HeadFitOptions())
+    assert torch.equal(taught.weight, plain.weight)
+    assert taught.gate_weight is not None
+    assert plain.gate_weight is not None
+    unseen = data.prompt_features[40:80] + shift
+    share = (unseen @ taught.gate_weight.T + taught.gate_bias).softmax(-1)[:, 1]
+    assert share.mean() > 0.9
+    assert (unseen @ plain.gate_weight.T + plain.gate_bias).softmax(-1)[:, 1].mean() < 0.7
 
 
 def rewards(fitted: FittedHead, data: HeadData) -> Tensor:

@@ -224,3 +224,49 @@ def test_what_cannot_be_combined_is_refused(settings: dict[str, Any], problem: s
     with pytest.raises(OptionsError, match=problem):
         train_reward_model(tasks.options(task.decoder, tmp_path / "run", [task.train], **settings))
     assert not (tmp_path / "run").exists()
+
+
+def gated(task: Task, base: Path, output: Path, **settings: Any) -> Path:
+    files = [task.train, task.opposite_train], [task.validation, task.opposite_validation]
+    return train_reward_model(tasks.options(base, output, *files, **(KINDS["gated"] | settings)))
+
+
+def test_prompts_without_comparisons_reach_the_gate(task: Task, tmp_path: Path) -> None:
+    prompts = tmp_path / "more.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"entirely other words {i}"}) + "\n" for i in range(12)))
+    folder = gated(task, task.decoder, tmp_path / "run", gate_prompts={"zag": [str(prompts)]})
+    facts = json.loads((folder / "reward.json").read_text(encoding="utf-8"))["training"]
+    assert facts["gate_prompts"] == 12
+    assert [entry["file"] for entry in facts["gate_data"]] == ["more.jsonl"]
+    assert facts["pairs"] == {"zig": 96, "zag": 96}
+
+
+def test_a_gate_for_an_unknown_source_is_refused(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"gate_prompts\.zog: no such source; .*zag, zig"):
+        gated(task, task.decoder, tmp_path / "run", gate_prompts={"zog": [str(task.train)]})
+
+
+def test_a_gate_on_a_base_that_looks_ahead_is_refused(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match="need a causal decoder"):
+        gated(task, task.encoder, tmp_path / "run")
+
+
+def test_other_data_under_the_same_name_is_not_gone_on_with(task: Task, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "zig.train.jsonl"
+    data.write_bytes(task.train.read_bytes())
+    chosen = tasks.options(task.decoder, run, [data], [], **KINDS["head"])
+    train_reward_model(chosen)
+    (run / "model").rename(tmp_path / "finished")
+    data.write_bytes(task.opposite_train.read_bytes())
+    with pytest.raises(OptionsError, match="another data"):
+        train_reward_model(chosen)
+
+
+def test_rewards_that_are_all_equal_cannot_be_normalised(task: Task, tmp_path: Path) -> None:
+    data = tmp_path / "same.jsonl"
+    # The same words in another shape.
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    record = {"prompt": "a", "chosen": "b", "rejected": parts, "source": "same"}
+    data.write_text(json.dumps(record) + "\n")
+    with pytest.raises(OptionsError, match="cannot be normalised"):
+        train_reward_model(tasks.options(task.decoder, tmp_path / "run", [data], [data], **KINDS["head"]))

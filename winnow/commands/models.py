@@ -28,7 +28,9 @@ def load_model(source: str, *, device: str, dtype: str, trust_remote_code: bool)
         raise CommandError(str(error)) from error
 
 
-def score_with_progress(model: RewardModel, items: Sequence[Rendered], max_batch_tokens: int = 16_384) -> list[float]:
+def score_with_progress(
+    model: RewardModel, items: Sequence[Rendered], max_batch_tokens: int | None = None
+) -> list[float]:
     """Raw rewards in order; a bar on a terminal. Raises ValueError on a reward that is not finite."""
 
     console = progress_console()

@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     as_json: bool = typer.Option(False, "--json", help="The whole report as JSON."),
     skip_invalid: bool = typer.Option(False, help="Count bad records instead of stopping at the first."),
-    max_batch_tokens: int = typer.Option(16_384, min=1, help="Padded tokens in one forward pass."),
+    max_batch_tokens: int | None = typer.Option(
+        None, min=1, help="Padded tokens in one forward pass; as the device likes it, if not given."
+    ),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16, float16."),
     trust_remote_code: bool = typer.Option(False, help="Run Python code that comes with the model."),

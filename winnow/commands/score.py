@@ -34,7 +34,9 @@ def score(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write scored records to this file.")] = None,
     as_json: bool = typer.Option(False, "--json", help="Scored records as JSON lines on standard output."),
     skip_invalid: bool = typer.Option(False, help="Count bad records instead of stopping at the first."),
-    max_batch_tokens: int = typer.Option(16_384, min=1, help="Padded tokens in one forward pass."),
+    max_batch_tokens: int | None = typer.Option(
+        None, min=1, help="Padded tokens in one forward pass; as the device likes it, if not given."
+    ),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16, float16."),
     trust_remote_code: bool = typer.Option(False, help="Run Python code that comes with the model."),
@@ -78,7 +80,7 @@ def _input(file: Path | None) -> Iterator[Path]:
         yield path
 
 
-def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: int) -> list[dict[str, Any]]:
+def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: int | None) -> list[dict[str, Any]]:
     try:
         items = [model.renderer.render(r.prompt, completion) for r in records for completion in r.completions]
         raw_rewards = score_with_progress(model, items, max_batch_tokens)

@@ -1,0 +1,151 @@
+"""`tuning: head`: the base stays as it is. Hidden states once for every completion, then a convex fit (`heads`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from feedback.jsonl import read_records
+from feedback.rankings import ComparisonGroup
+from feedback.records import Message, Messages, parse_prompt
+from reward.network import PooledRewardModel, collate
+from reward.rendering import Renderer
+from training.batches import EncodedGroup, flatten
+from training.features import compute_features, load_features
+from training.heads import HeadData, domain_indices, fit_head
+from training.models import TrainableReward, gated_head
+from training.options import OptionsError, RewardOptions
+from training.runlog import RunLog
+
+_ANY_ANSWER: list[Message] = [{"role": "assistant", "content": "."}]
+
+
+def fit_frozen(
+    accelerator: Accelerator,
+    trainable: TrainableReward,
+    groups: Sequence[ComparisonGroup],
+    encoded: Sequence[EncodedGroup],
+    options: RewardOptions,
+    run: Path,
+) -> dict[str, Any]:
+    """Fits the head of `trainable` to the comparisons; returns what was chosen on the way, on the main process.
+
+    `encoded` are `groups` as ids. Raises `OptionsError`, `DataError`, `InputError`.
+    """
+    network = cast(PooledRewardModel, trainable.network)
+    domains, _ = domain_indices([group.source for group in groups], options.gated)
+    if options.gated:
+        _require_causal(network.to(accelerator.device).eval(), trainable.renderer, accelerator.device)
+    gate_prompts, gate_groups = _read_gate_prompts(options, domains, trainable.renderer)
+    everything = [*encoded, *gate_groups]
+    with RunLog(run, active=accelerator.is_main_process) as log:
+        bar = log.task("features", total=-(-len(everything) // accelerator.num_processes))
+        with accelerator.autocast():
+            compute_features(
+                network,
+                everything,
+                run / "features",
+                device=accelerator.device,
+                max_tokens=options.micro_batch_tokens,
+                rank=accelerator.process_index,
+                num_ranks=accelerator.num_processes,
+                on_progress=bar.advance,
+            )
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return {}
+        openers = [_opener(group.prompt) for group in groups] + [_opener(prompt) for prompt in gate_prompts]
+        data = _head_data(everything, openers, domains, len(encoded), run / "features", options)
+        fitted = fit_head(data, len(domains), options.head_fit)
+        if fitted.gate_weight is not None and fitted.gate_bias is not None:
+            network.head = gated_head((fitted.weight, fitted.bias), (fitted.gate_weight, fitted.gate_bias))
+        else:
+            head = cast(torch.nn.Linear, network.head)
+            with torch.no_grad():
+                head.weight.copy_(fitted.weight)
+                head.bias.copy_(fitted.bias)
+        network.to(accelerator.device)
+        chosen = dict(zip(domains, fitted.l2, strict=True))
+        log.note(f"head fitted; L2 by cross-validation: {chosen}, gate {fitted.gate_l2}")
+    shutil.rmtree(run / "features")
+    return {"l2": chosen, "gate_l2": fitted.gate_l2, "gate_prompts": len(gate_groups)}
+
+
+def _head_data(
+    groups: Sequence[EncodedGroup],
+    openers: Sequence[str],
+    domains: Sequence[str],
+    num_judged: int,
+    folder: Path,
+    options: RewardOptions,
+) -> HeadData:
+    """The first `num_judged` groups have comparisons, the others are prompts for the gate."""
+    features, prompts = load_features(groups, folder)
+    judged = groups[:num_judged]
+    flat = flatten(judged)
+    weights = flat.weights
+    if options.head_fit.pair_weighting == "pair":
+        weights = torch.tensor([pair.weight for group in judged for pair in group.pairs])
+    folds = torch.tensor([_fold(opener, options.head_fit.folds, options.seed) for opener in openers])
+    of_domain = {name: number for number, name in enumerate(domains)}
+    numbers = torch.tensor([of_domain.get(group.source, 0) for group in groups])
+    return HeadData(
+        features=features[: len(flat.items)],
+        prompt_features=prompts[:num_judged],
+        better=flat.better,
+        worse=flat.worse,
+        weights=weights,
+        margins=flat.margins,
+        pair_group=torch.tensor([g for g, group in enumerate(judged) for _ in group.pairs]),
+        completion_group=torch.tensor([g for g, group in enumerate(judged) for _ in group.items]),
+        group_fold=folds[:num_judged],
+        group_domain=numbers[:num_judged],
+        gate_features=prompts[num_judged:],
+        gate_fold=folds[num_judged:],
+        gate_domain=numbers[num_judged:],
+    )
+
+
+def _read_gate_prompts(
+    options: RewardOptions, domains: Sequence[str], renderer: Renderer
+) -> tuple[list[Messages], list[EncodedGroup]]:
+    prompts: list[Messages] = []
+    groups: list[EncodedGroup] = []
+    for source, files in options.gate_prompts.items():
+        if source not in domains:
+            raise OptionsError(
+                f"gate_prompts.{source}: no such source; with gated: true there are {', '.join(domains)}"
+            )
+        for record in read_records([Path(file).expanduser() for file in files], parse_prompt):
+            prompts.append(record.prompt)
+            groups.append(EncodedGroup([renderer.render(record.prompt, _ANY_ANSWER)], [], source))
+    return prompts, groups
+
+
+@torch.inference_mode()
+def _require_causal(network: PooledRewardModel, renderer: Renderer, device: torch.device) -> None:
+    """A gate must see the prompt only; in a bidirectional base the prompt's states know the answer."""
+    prompt: list[Message] = [{"role": "user", "content": "Which is it?"}]
+    answers: list[list[Message]] = [
+        [{"role": "assistant", "content": text}] for text in ("This one.", "The other one.")
+    ]
+    _, prompts = network.features(collate([renderer.render(prompt, answer) for answer in answers], device))
+    if not torch.allclose(prompts[0], prompts[1], atol=1e-3, rtol=1e-3):
+        raise OptionsError("gated: the base lets a prompt's states depend on the answer; gates need a causal decoder")
+
+
+def _fold(opener: str, folds: int, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{opener}".encode()).digest()[:8], "big") % folds
+
+
+def _opener(prompt: Messages) -> str:
+    """A conversation's first user message: continuations of one conversation must not be torn between folds."""
+    opener = next((m for m in prompt if m["role"] == "user"), prompt[0])
+    return json.dumps(opener.get("content"), sort_keys=True)
