@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from feedback.jsonl import read_records
 from feedback.rankings import ComparisonGroup
@@ -27,6 +29,16 @@ from training.runlog import RunLog
 _ANY_ANSWER: list[Message] = [{"role": "assistant", "content": "."}]
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenFit:
+    """What came of a fit, besides the head itself."""
+
+    facts: dict[str, Any]
+    """What was chosen on the way."""
+    last_token: Tensor | None
+    """(H,) weights for the last-token export, where asked for."""
+
+
 def fit_frozen(
     accelerator: Accelerator,
     trainable: TrainableReward,
@@ -34,8 +46,8 @@ def fit_frozen(
     encoded: Sequence[EncodedGroup],
     options: RewardOptions,
     run: Path,
-) -> dict[str, Any]:
-    """Fits the head of `trainable` to the comparisons; returns what was chosen on the way, on the main process.
+) -> FrozenFit:
+    """Fits the head of `trainable` to the comparisons. On other processes than the main one the result is empty.
 
     `encoded` are `groups` as ids. Raises `OptionsError`, `DataError`, `InputError`.
     """
@@ -60,10 +72,11 @@ def fit_frozen(
             )
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
-            return {}
+            return FrozenFit({}, None)
         openers = [_opener(group.prompt) for group in groups] + [_opener(prompt) for prompt in gate_prompts]
         data = _head_data(everything, openers, domains, len(encoded), run / "features", options)
         fitted = fit_head(data, len(domains), options.head_fit)
+        last_token = _fit_last_token(data, options) if options.last_token_export else None
         if fitted.gate_weight is not None and fitted.gate_bias is not None:
             network.head = gated_head((fitted.weight, fitted.bias), (fitted.gate_weight, fitted.gate_bias))
         else:
@@ -75,7 +88,22 @@ def fit_frozen(
         chosen = dict(zip(domains, fitted.l2, strict=True))
         log.note(f"head fitted; L2 by cross-validation: {chosen}, gate {fitted.gate_l2}")
     shutil.rmtree(run / "features")
-    return {"l2": chosen, "gate_l2": fitted.gate_l2, "gate_prompts": len(gate_groups)}
+    return FrozenFit({"l2": chosen, "gate_l2": fitted.gate_l2, "gate_prompts": len(gate_groups)}, last_token)
+
+
+def _fit_last_token(data: HeadData, options: RewardOptions) -> Tensor:
+    """The (H,) weights of one linear head on the last token alone."""
+    width = data.features.shape[1] // len(options.pooling)
+    start = options.pooling.index("last") * width
+    single = replace(
+        data,
+        features=data.features[:, start : start + width],
+        group_domain=torch.zeros_like(data.group_domain),
+        gate_features=data.gate_features[:0],
+        gate_fold=data.gate_fold[:0],
+        gate_domain=data.gate_domain[:0],
+    )
+    return fit_head(single, 1, options.head_fit).weight[0]
 
 
 def _head_data(

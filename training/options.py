@@ -75,6 +75,9 @@ class RewardOptions(_Options):
     """A linear head for each source of the data, mixed by a gate that sees the prompt only. `tuning: head` only."""
     gate_prompts: dict[str, list[str]] = {}
     """More prompts for the gate to know a source by: source to files of records with a `prompt`, unjudged."""
+    last_token_export: bool = False
+    """With `tuning: head`: also write `last_token/`, a stock one-label classifier (PEFT) for use without winnow. It has
+    a single linear head on the last token, fitted to the same comparisons, and is less accurate."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
     trust_remote_code: bool = False

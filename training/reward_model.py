@@ -49,7 +49,7 @@ from training.frozen import fit_frozen
 from training.heads import domain_indices
 from training.loop import accumulate, build_optimizer, build_schedule, start_accelerator
 from training.losses import centering_loss, num_correct, pairwise_ranking_loss
-from training.models import TrainableReward, load_trainable
+from training.models import TrainableReward, last_token_classifier, load_trainable
 from training.options import OptionsError, RewardOptions
 from training.publish import file_digest, publish
 from training.runlog import RunLog
@@ -81,20 +81,22 @@ def train_reward_model(options: RewardOptions) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _claim(run, options)
+    last_token: Tensor | None = None
     if options.tuning == "head":
-        facts = fit_frozen(accelerator, trainable, train, data.train, options, run)
+        fit = fit_frozen(accelerator, trainable, train, data.train, options, run)
+        facts, last_token = fit.facts, fit.last_token
     else:
         facts = _train_by_gradient(accelerator, trainable, data, options, run)
     if accelerator.is_main_process:
-        publish(
-            trainable,
-            options,
-            target=run / "model",
-            train=train,
-            validation=validation,
-            facts={**facts, "skipped_records": skipped.count},
-            device=str(accelerator.device),
-        )
+        publishing: dict[str, Any] = {
+            "train": train,
+            "validation": validation,
+            "facts": {**facts, "skipped_records": skipped.count},
+            "device": str(accelerator.device),
+        }
+        if last_token is not None:
+            publish(*last_token_classifier(options, last_token), target=run / "last_token", **publishing)
+        publish(trainable, options, target=run / "model", **publishing)
     accelerator.wait_for_everyone()
     return run / "model"
 

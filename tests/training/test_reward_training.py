@@ -270,3 +270,19 @@ def test_rewards_that_are_all_equal_cannot_be_normalised(task: Task, tmp_path: P
     data.write_text(json.dumps(record) + "\n")
     with pytest.raises(OptionsError, match="cannot be normalised"):
         train_reward_model(tasks.options(task.decoder, tmp_path / "run", [data], [data], **KINDS["head"]))
+
+
+def test_the_last_token_export_is_a_stock_classifier(task: Task, tmp_path: Path) -> None:
+    chosen = KINDS["head"] | {"last_token_export": True}
+    folder = train_reward_model(
+        tasks.options(task.decoder, tmp_path / "run", [task.train], [task.validation], **chosen)
+    ).with_name("last_token")
+    ours = load_reward_model(str(folder), device="cpu")
+    assert ours.manifest.head.kind == "sequence_classification"
+    assert ours.manifest.accuracy["zig"].accuracy > 0.9
+    theirs = load_theirs(AutoPeftModelForSequenceClassification, folder)
+    for prompt, better, _ in tasks.completion_pairs(task.validation)[:4]:
+        item = ours.renderer.render(prompt, better)
+        with torch.no_grad():
+            raw = theirs(input_ids=torch.tensor([item.ids])).logits[0, 0].item()
+        assert ours.raw_rewards([item])[0] == pytest.approx(raw, abs=1e-4)
