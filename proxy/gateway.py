@@ -31,10 +31,13 @@ class Gateway:
         """The named scorer, or the default one; None if there is none. Raises `BadRequestError`."""
         if name is None:
             return self.scorers[self.default_scorer] if self.default_scorer is not None else None
-        if name not in self.scorers:
-            known = ", ".join(sorted(self.scorers)) or "none"
+        # By the name that answers give, which a model may only know once it is loaded, or by the configured one.
+        by_name = {scorer.name: scorer for scorer in self.scorers.values()}
+        found = by_name.get(name) or self.scorers.get(name)
+        if found is None:
+            known = ", ".join(sorted(by_name)) or "none"
             raise BadRequestError(f"No reward model {name!r} here; there is: {known}", param=param)
-        return self.scorers[name]
+        return found
 
     def forwarded(self, headers: Mapping[str, str]) -> dict[str, str]:
         """The client's headers for the upstream."""

@@ -119,10 +119,43 @@ def _tool_choice(choice: object) -> tuple[bool, str | None]:
 
 
 def _compile(schema: Any) -> Validator:
-    kind = validator_for(schema, default=Draft202012Validator)
-    kind.check_schema(schema)
+    """Raises `SchemaError`."""
+    try:
+        kind = validator_for(schema, default=Draft202012Validator)
+        # Without format checks: schemas write patterns in ECMA's dialect, which Python's `re` may not know.
+        kind.check_schema(schema, format_checker=None)  # type: ignore[call-arg]  # not in jsonschema's protocol
+    except TypeError as error:
+        raise SchemaError(str(error)) from error
     # An empty registry fetches nothing: the default one would follow a client's `$ref` to any address.
-    return kind(schema, registry=Registry())
+    return kind(_without_patterns(schema), registry=Registry())
+
+
+def _without_patterns(schema: Any) -> Any:
+    """The schema without regular expressions: a client's could keep the event loop busy for ever (`^(a+)+$`).
+
+    `additionalProperties` goes with `patternProperties`, whose matches it would take for strangers.
+    """
+    if isinstance(schema, list):
+        return [_without_patterns(member) for member in schema]
+    if not isinstance(schema, dict):
+        return schema
+    dropped = {"patternProperties", "additionalProperties", "unevaluatedProperties"}
+    has_patterns = isinstance(schema.get("patternProperties"), dict)
+    kept = {}
+    for key, value in schema.items():
+        if key in _LITERALS:
+            kept[key] = value
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            kept[key] = {name: _without_patterns(member) for name, member in value.items()}
+        elif not (key == "pattern" or (has_patterns and key in dropped)):
+            kept[key] = _without_patterns(value)
+    return kept
+
+
+_LITERALS = frozenset({"const", "default", "enum", "example", "examples"})
+"""Members of a schema that hold values, not schemas."""
+_NAMED_SCHEMAS = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
+"""Members of a schema whose keys are names of the client's choosing."""
 
 
 def _remote_references(schema: object) -> Iterator[str]:
@@ -133,6 +166,8 @@ def _remote_references(schema: object) -> Iterator[str]:
             pending.extend(node)
         elif isinstance(node, dict):
             for key, value in node.items():
+                if key in _LITERALS:
+                    continue
                 if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
                     yield value
                 pending.append(value)

@@ -104,6 +104,7 @@ def _converted(package: str, gguf: Path, cache_dir: Path) -> Path:
         try:
             partial.rename(folder)
         except OSError:
+            partial.chmod(0o755)
             # A second process may have finished first: its folder is as good as ours.
             if not folder.is_dir():
                 raise

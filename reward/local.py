@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from reward.scorer import Score
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
+
+
+logger = logging.getLogger(__name__)
 
 
 class LocalScorer:
@@ -120,7 +124,14 @@ class LocalScorer:
             raise InputError("the prompt has no messages")
         if not all(completions):
             raise InputError("a completion has no messages")
-        return [model.renderer.render(prompt, completion) for completion in completions]
+        try:
+            return [model.renderer.render(prompt, completion) for completion in completions]
+        except InputError:
+            raise
+        except Exception as error:
+            # Messages come from clients in shapes nobody thought of; the answer must not fail for it.
+            logger.exception("rendering failed")
+            raise InputError(f"the messages cannot be rendered: {type(error).__name__}") from error
 
     async def _run_batch(self, items: Sequence[Rendered]) -> list[float]:
         model = self._loaded()

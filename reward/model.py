@@ -23,7 +23,7 @@ from reward.bases import quiet_loading, resolve_base
 from reward.batching import BatchingOptions
 from reward.devices import choose_device, choose_dtype
 from reward.errors import InputError, ModelLoadError
-from reward.manifest import Head, Manifest, Probe, load_manifest
+from reward.manifest import FILE_NAME, Head, Manifest, Probe, load_manifest
 from reward.network import (
     ClassifierRewardModel,
     PooledRewardModel,
@@ -92,6 +92,8 @@ def load_reward_model(
     dtype that does not exist here.
     """
     folder = default_folder() if source == DEFAULT_REWARD_MODEL else Path(source).expanduser()
+    if source == DEFAULT_REWARD_MODEL and not (folder / FILE_NAME).is_file():
+        raise ModelLoadError(f"{folder} holds no reward model: this copy of winnow came without one; name another")
     place = choose_device(device)
     number = choose_dtype(dtype, place)
     manifest = load_manifest(folder) if folder.is_dir() else None

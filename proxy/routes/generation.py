@@ -42,8 +42,9 @@ class GenerationEndpoint:
         with self.gateway.admission.admit():
             body = await read_body(receive, settings.server.max_body_bytes)
             ask = parse_ask(self.endpoint, body, headers, settings.route)
-            work = _Request(self.gateway, ask, self.gateway.forwarded(headers), started)
-            await while_client_waits(client_left(receive), work.answer(send, scope))
+            query = scope.get("query_string", b"").decode("latin-1")
+            work = _Request(self.gateway, ask, self.gateway.forwarded(headers), query, started)
+            await while_client_waits(client_left(receive), work.answer(send))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,13 @@ class _Request:
     gateway: Gateway
     ask: Ask
     headers: Mapping[str, str]
+    query: str
     started: float
     """Of `time.perf_counter`."""
 
-    async def answer(self, send: Send, scope: Scope) -> None:
+    async def answer(self, send: Send) -> None:
         if self.ask.passes_through:
-            await self._relay(send, scope)
+            await self._relay(send)
             return
         if self.ask.stream:
             await stream_result(self._result(), self.gateway.settings.server.keepalive_s, send)
@@ -67,13 +69,13 @@ class _Request:
         await send({"type": "http.response.start", "status": 200, "headers": raw(head)})
         await send({"type": "http.response.body", "body": body})
 
-    async def _relay(self, send: Send, scope: Scope) -> None:
+    async def _relay(self, send: Send) -> None:
         call = UpstreamCall(
             "POST",
             ENDPOINT_PATHS[self.ask.endpoint],
             self.ask.encoded(),
             dict(self.headers) | {"content-type": "application/json"},
-            scope.get("query_string", b"").decode("latin-1"),
+            self.query,
         )
         extra = {"x-winnow-best-of": "1", "x-winnow-upstream-calls": "1"}
         upstream_s = await relay(self.gateway, call, send, extra, self.ask.deadline_s)
@@ -131,6 +133,7 @@ class _Request:
             headers=for_generation(self.headers),
             seed=self.ask.seed,
             stream=self.ask.stream,
+            query=self.query,
         )
 
 

@@ -32,7 +32,7 @@ def operations(gateway: Gateway) -> APIRouter:
     @router.get("/readyz", summary="Upstream and reward models can answer now", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
         upstream = await gateway.upstream.ready()
-        reward_models = {name: scorer.ready for name, scorer in gateway.scorers.items()}
+        reward_models = {scorer.name: scorer.ready for scorer in gateway.scorers.values()}
         ready = upstream and all(reward_models.values())
         response.status_code = 200 if ready else 503
         return Readiness(ready=ready, upstream=upstream, reward_models=reward_models)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from winnow.console import FAILED, CommandError, out, print_json, progress_console, table
 
 if TYPE_CHECKING:
+    import httpx2
     from openai import OpenAI
     from openai.types.chat import ChatCompletion
 
@@ -48,7 +50,7 @@ def question(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     winnow: dict[str, Any] = {"return_candidates": True} | ({} if best_of is None else {"best_of": best_of})
     try:
-        with openai.OpenAI(base_url=base_url, api_key=key) as client:
+        with openai.OpenAI(base_url=base_url, api_key=key, http_client=_http_client(base_url)) as client:
             chosen = model or _first_model(client)
             given = {name: value for name, value in sampling.items() if value is not None}
             with progress_console().status("Drawing candidates …"):
@@ -62,6 +64,15 @@ def question(
     except openai.APIStatusError as error:
         raise CommandError(f"{base_url} answered {error.status_code}: {error.message}", FAILED) from error
     return answer.model_dump(mode="json")
+
+
+def _http_client(base_url: str) -> httpx2.Client | None:
+    """For a proxy on this machine, one that does not ask a corporate HTTP proxy for the way; else the library's own."""
+    import openai
+
+    host = urlsplit(base_url).hostname or ""
+    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    return openai.DefaultHttpxClient(trust_env=False) if loopback else None
 
 
 def show(answer: dict[str, Any]) -> None:

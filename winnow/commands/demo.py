@@ -9,7 +9,7 @@ import typer
 
 from winnow.commands.ask import question, show
 from winnow.commands.serve import run_server, settings_from
-from winnow.console import CommandError, out
+from winnow.console import out
 
 if TYPE_CHECKING:
     import uvicorn
@@ -31,8 +31,8 @@ Point any OpenAI client here; nothing else changes:
 
 def demo(
     once: bool = typer.Option(False, "--once", help="End after the answer."),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
-    port: int = typer.Option(8000, help="Port to listen on."),
+    host: str | None = typer.Option(None, help="Address to listen on.  [default: 127.0.0.1]"),
+    port: int | None = typer.Option(None, help="Port to listen on.  [default: 8000]"),
     text: str = typer.Option(QUESTION, "--question", help="What to ask."),
 ) -> None:
     """Start the proxy on the embedded models, put one question through the openai client, keep serving.
@@ -41,7 +41,7 @@ def demo(
     """
     # What the environment says of upstreams and models holds here too: a demo of somebody's own set-up.
     settings = settings_from(None, {"server": {"host": host, "port": port}})
-    failures: list[CommandError] = []
+    failures: list[Exception] = []
     asking: list[threading.Thread] = []
 
     def on_ready(server: uvicorn.Server, address: str) -> None:
@@ -56,7 +56,7 @@ def demo(
         raise failures[0]
 
 
-def _ask(server: uvicorn.Server, address: str, text: str, once: bool, failures: list[CommandError]) -> None:
+def _ask(server: uvicorn.Server, address: str, text: str, once: bool, failures: list[Exception]) -> None:
     """In a thread of its own, as a client would be: over HTTP, with the openai package."""
     console = out()
     console.print(f"\n[bold]{text}[/bold]\n" if "[" not in text else f"\n{text}\n")
@@ -66,7 +66,7 @@ def _ask(server: uvicorn.Server, address: str, text: str, once: bool, failures: 
         console.print(_DROP_IN.format(address=address), markup=False)
         if not once:
             console.print(f"Serving {address}/v1, documentation at {address}/docs. Ctrl-C ends.", markup=False)
-    except CommandError as error:
+    except Exception as error:  # of a thread: raised again where the command ends
         failures.append(error)
         ended = True
     finally:

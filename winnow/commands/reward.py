@@ -38,7 +38,8 @@ def evaluate(
         typer.Option(help="Training files: fits bags of words on them, to compare with on the same pairs."),
     ] = None,
     pool: Annotated[
-        list[str] | None, typer.Option(help="Sources that the pooled row counts; all, if not given.")
+        list[str] | None,
+        typer.Option(help="Sources that the pooled row counts; those the model was trained on, or else all."),
     ] = None,
     as_json: bool = typer.Option(False, "--json", help="The whole report as JSON."),
     skip_invalid: bool = typer.Option(False, help="Count bad records instead of stopping at the first."),
@@ -99,7 +100,8 @@ def build_report(
     if unknown:
         raise CommandError(f"--pool {unknown[0]}: no such source in the data; there are {', '.join(sources)}")
     rows = {source: _row({name: sets[source] for name, sets in split.items()}) for source in sources}
-    pooled = list(pool) if pool else sources
+    known = model.manifest.training.get("pairs", {})
+    pooled = list(pool or [source for source in sources if source in known] or sources)
     if len(pooled) > 1:
         rows[POOLED] = _row({name: [o for s in pooled for o in sets[s]] for name, sets in split.items()})
     return {"reward_model": model.manifest.name, "pooled_sources": pooled, "sets": rows}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,7 +146,7 @@ async def _serve(settings: Settings, listening: socket.socket, on_ready: Callabl
         server_header=False,
         proxy_headers=False,
     )
-    server = uvicorn.Server(config)
+    server = _server(config)
     async with contextlib.AsyncExitStack() as opened:
         with progress_console().status("Loading models …"):
             await opened.enter_async_context(app.router.lifespan_context(app))
@@ -153,6 +154,26 @@ async def _serve(settings: Settings, listening: socket.socket, on_ready: Callabl
         listening.listen(_BACKLOG)
         on_ready(server, _address(listening))
         await server.serve(sockets=[listening])
+
+
+def _server(config: uvicorn.Config) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn's, but a signal only ends `serve`: the original sends it to itself again, which kills the process
+        before models and upstreams are closed."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            handled = (signal.SIGINT, signal.SIGTERM)
+            before = {number: signal.signal(number, self.handle_exit) for number in handled}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    return Server(config)
 
 
 def _upstream(settings: Settings) -> Upstream:
