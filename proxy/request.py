@@ -219,9 +219,10 @@ def _asked_best_of(checked: _Body, options: WinnowField, headers: Mapping[str, s
         return options.best_of
     header = headers.get("x-winnow-best-of")
     if header is not None:
-        if not re.fullmatch(r"[0-9]{1,9}", header.strip()):
+        number = header.strip()
+        if not re.fullmatch(r"[0-9]{1,9}", number):
             raise BadRequestError("The header x-winnow-best-of must be a whole number", param="x-winnow-best-of")
-        return int(header)
+        return int(number)
     return suffix
 
 

@@ -112,6 +112,13 @@ def test_return_candidates(graded: RunningProxy) -> None:
     assert "winnow" not in graded.upstream.received[0].body
 
 
+def test_the_query_string_reaches_the_upstream_with_every_candidate(graded: RunningProxy) -> None:
+    """Some providers name their API's version there."""
+    client = graded.client.with_options(default_query={"api-version": "2026-01"})
+    client.chat.completions.create(model="m", messages=MESSAGES)
+    assert {seen.query for seen in graded.upstream.received} == {"api-version=2026-01"}
+
+
 def test_return_candidates_streamed(graded: RunningProxy) -> None:
     with graded.client.chat.completions.create(
         model="m", messages=MESSAGES, stream=True, extra_body={"winnow": {"return_candidates": True}}

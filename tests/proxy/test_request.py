@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.config import RouteSettings
@@ -50,6 +50,7 @@ def test_any_bytes_are_understood_or_refused(raw: bytes) -> None:
         parse_ask("chat", raw, {}, RouteSettings())
 
 
+@example("0\x1f", "")
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_headers_never_crash(best_of: str, timeout: str) -> None:
     headers = {"x-winnow-best-of": best_of, "x-stainless-read-timeout": timeout}

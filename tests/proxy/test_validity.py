@@ -87,3 +87,34 @@ def test_fingerprints_ignore_ids_of_calls_only() -> None:
     second = candidate(None, tool_calls=[tool_call("look", "{}", "b")])
     third = candidate(None, tool_calls=[tool_call("look", '{"x":1}', "a")])
     assert fingerprint(first) == fingerprint(second) != fingerprint(third)
+
+
+def test_regular_expressions_of_clients_are_not_run() -> None:
+    """This one would take longer than the universe has."""
+    rules = compile_rules(schema_format({"type": "object", "properties": {"pattern": {"pattern": "^(a+)+$"}}}))
+    assert invalid_reason(candidate('{"pattern": "' + "a" * 60 + '!"}'), rules) is None
+    assert invalid_reason(candidate('["no object"]'), rules) is not None
+
+
+def test_what_pattern_properties_allow_is_not_held_against_anyone() -> None:
+    schema = {"patternProperties": {"^x-": {"type": "integer"}}, "additionalProperties": False, "required": ["x-a"]}
+    rules = compile_rules(schema_format(schema))
+    assert invalid_reason(candidate('{"x-a": 1}'), rules) is None
+    assert invalid_reason(candidate("{}"), rules) is not None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"pattern": "^\\p{L}+$"},
+        {"default": {"$ref": "abc"}},
+        {"properties": {"default": {"type": "string"}}, "enum": [{"$ref": "x"}]},
+    ],
+)
+def test_schemas_that_are_legal_are_taken(schema: Any) -> None:
+    compile_rules(schema_format(schema))
+
+
+def test_a_schema_of_no_known_dialect_is_refused() -> None:
+    with pytest.raises(BadRequestError):
+        compile_rules(schema_format({"$schema": ["x"]}))
