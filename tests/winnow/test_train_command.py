@@ -38,6 +38,7 @@ def write_config(folder: Path, base: Path, **more: object) -> Path:
         "pooling": ["last", "mean"],
         "max_length": 256,
         "device": "cpu",
+        "mixed_precision": "no",
         **more,
     }
     config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML

@@ -14,9 +14,9 @@ from winnow.console import out
 if TYPE_CHECKING:
     import uvicorn
 
-QUESTION = "What is the best way to learn a new language as an adult?"
+QUESTION = "How can I sleep better? Answer in two sentences."
 BEST_OF = 4
-MAX_TOKENS = 80
+MAX_TOKENS = 96
 TEMPERATURE = 0.7
 """A model of this size rambles at 1."""
 
