@@ -32,6 +32,10 @@ class ComparisonGroup:
     pairs: Sequence[Pair]
     source: str
 
+    @property
+    def num_completions(self) -> int:
+        return len(self.completions)
+
 
 def ranking_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     """(better, worse) positions of all untied pairs; rank 1 is best."""

@@ -25,6 +25,10 @@ class EncodedGroup:
     source: str
 
     @property
+    def num_completions(self) -> int:
+        return len(self.items)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest completion with its prompt."""
         return max(len(item) for item in self.items)

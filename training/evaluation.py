@@ -29,6 +29,9 @@ class Comparisons(Protocol):
     @property
     def source(self) -> str: ...
 
+    @property
+    def num_completions(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -51,13 +54,8 @@ def pair_outcomes(groups: Sequence[Comparisons], rewards: Sequence[float]) -> li
         for pair in group.pairs:
             gap = rewards[offset + pair.better] - rewards[offset + pair.worse]
             outcomes.append(Outcome(group.source, gap))
-        offset += _num_completions(group)
+        offset += group.num_completions
     return outcomes
-
-
-def _num_completions(group: Comparisons) -> int:
-    items = getattr(group, "items", None)
-    return len(items if items is not None else group.completions)  # type: ignore[attr-defined]
 
 
 def wilson_interval(correct: float, total: int) -> tuple[float, float]:
