@@ -221,7 +221,7 @@ def _described(one: Judged, prompt: int | None) -> dict[str, Any]:
         "usage": candidate.own_usage,
     }
     if one.score is not None:
-        described |= {"raw_reward": one.score.raw_reward, "truncated": one.score.truncated}
+        described |= {"raw_reward": one.score.raw_reward, "truncated": one.score.truncated, **one.score.by_heads()}
     if tool_calls := candidate.message.get("tool_calls"):
         described["tool_calls"] = tool_calls
     if prompt is not None:

@@ -27,8 +27,9 @@ class Sized(Protocol):
 
 
 ItemT = TypeVar("ItemT", bound=Sized)
+ResultT = TypeVar("ResultT")
 
-RunBatch = Callable[[Sequence[ItemT]], Awaitable[Sequence[float]]]
+RunBatch = Callable[[Sequence[ItemT]], Awaitable[Sequence[ResultT]]]
 """Runs one batch; as many results as items, in order."""
 TakeBatch = Callable[[Sequence[ItemT]], list[int]]
 """Which of the waiting items, oldest first, form the next batch: indices, the oldest always among them."""
@@ -73,9 +74,9 @@ class BatchingOptions:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting(Generic[ItemT]):
+class _Waiting(Generic[ItemT, ResultT]):
     item: ItemT
-    future: asyncio.Future[float] = field(repr=False)
+    future: asyncio.Future[ResultT] = field(repr=False)
 
 
 def take_batch(lengths: Sequence[int], options: BatchingOptions) -> list[int]:
@@ -101,12 +102,12 @@ def take_batch(lengths: Sequence[int], options: BatchingOptions) -> list[int]:
     return batch
 
 
-class BatchingWorker(Generic[ItemT]):
+class BatchingWorker(Generic[ItemT, ResultT]):
     """One task that feeds batches to `run_batch`, one at a time. Start and close it from the same event loop."""
 
     def __init__(
         self,
-        run_batch: RunBatch[ItemT],
+        run_batch: RunBatch[ItemT, ResultT],
         options: BatchingOptions,
         on_queue_depth: Callable[[int], None] = lambda depth: None,
         take: TakeBatch[ItemT] | None = None,
@@ -116,8 +117,8 @@ class BatchingWorker(Generic[ItemT]):
         self._options = options
         self._take = take or (lambda items: take_batch([len(item) for item in items], options))
         self._on_queue_depth = on_queue_depth
-        self._waiting: list[_Waiting[ItemT]] = []
-        self._running: list[_Waiting[ItemT]] = []
+        self._waiting: list[_Waiting[ItemT, ResultT]] = []
+        self._running: list[_Waiting[ItemT, ResultT]] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -126,7 +127,7 @@ class BatchingWorker(Generic[ItemT]):
         """Starts the worker's task on the running loop."""
         self._task = asyncio.create_task(self._work(), name="reward-batching")
 
-    async def submit(self, items: Sequence[ItemT]) -> list[float]:
+    async def submit(self, items: Sequence[ItemT]) -> list[ResultT]:
         """Results in the order of `items`; all are queued or none.
 
         Raises `QueueFullError` at once when they do not fit, `ScoringError` when one of them fails or the
@@ -139,7 +140,7 @@ class BatchingWorker(Generic[ItemT]):
         if len(self._waiting) + len(items) > self._options.max_queue:
             raise QueueFullError(f"{len(self._waiting)} completions wait to be scored; try again later")
         loop = asyncio.get_running_loop()
-        mine = [_Waiting(item, loop.create_future()) for item in items]
+        mine: list[_Waiting[ItemT, ResultT]] = [_Waiting(item, loop.create_future()) for item in items]
         self._waiting.extend(mine)
         self._report_depth()
         self._wake.set()
@@ -150,12 +151,12 @@ class BatchingWorker(Generic[ItemT]):
             self._waiting = [waiting for waiting in self._waiting if not waiting.future.cancelled()]
             self._report_depth()
             raise
-        rewards: list[float] = []
+        found: list[ResultT] = []
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-            rewards.append(result)
-        return rewards
+            found.append(result)
+        return found
 
     async def aclose(self) -> None:
         """Refuses new work, answers everyone who waits with `ScoringError`, and ends the task."""
@@ -182,7 +183,7 @@ class BatchingWorker(Generic[ItemT]):
             await self._run(self._running)
             self._running = []
 
-    async def _run(self, batch: list[_Waiting[ItemT]]) -> None:
+    async def _run(self, batch: list[_Waiting[ItemT, ResultT]]) -> None:
         batch = [waiting for waiting in batch if not waiting.future.done()]
         if not batch:
             return

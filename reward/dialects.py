@@ -43,6 +43,8 @@ class RemoteScore:
     percentile: float | None = None
     truncated: bool = False
     completion_tokens: int = 0
+    std: float | None = None
+    objectives: Mapping[str, float] | None = None
 
 
 class Template(Protocol):
@@ -102,6 +104,8 @@ class _Winnow:
                 reward=_number(_member(row, "reward")),
                 percentile=None if row.get("percentile") is None else _number(row["percentile"]),
                 truncated=row.get("truncated") is True,
+                std=None if row.get("std") is None else _number(row["std"]),
+                objectives=_numbers(row.get("objectives")),
             )
             for row in sorted(rows, key=lambda row: int(_number(_member(row, "index"))))
         ]
@@ -241,6 +245,15 @@ def _last(value: Any) -> Any:
             raise ScoringError("the scoring service answered with an empty list in place of a score")
         value = value[-1]
     return value
+
+
+def _numbers(value: Any) -> dict[str, float] | None:
+    """Of an object of scores; None where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ScoringError(f"the scoring service answered with {value!r} in place of an object of scores")
+    return {name: _number(one) for name, one in value.items()}
 
 
 def _number(value: Any) -> float:

@@ -9,23 +9,40 @@ Shapes: B completions, D features, K heads.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import cast
+
 from torch import Tensor, nn
 
 from reward.manifest import Aggregate
 
 
-class EnsembleHead(nn.Module):
-    """K linear heads; as a head of a network it gives the one reward that the rule makes of theirs."""
+class ManyHeads(nn.Module, ABC):
+    """K linear heads, and one reward that is made of theirs."""
 
-    def __init__(self, width: int, num_heads: int, rule: Aggregate, std_coefficient: float) -> None:
+    def __init__(self, members: nn.Linear) -> None:
         super().__init__()
-        self.members = nn.Linear(width, num_heads)
+        self.members = members
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`pooled` (B, D) -> (B, K): each head's reward."""
+        return cast(Tensor, self.members(pooled))
+
+    @abstractmethod
+    def combine(self, rewards: Tensor) -> Tensor:
+        """`rewards` (B, K) -> (B,)."""
+
+
+class EnsembleHead(ManyHeads):
+    """Heads for the same thing; the rule makes one reward of theirs."""
+
+    def __init__(self, members: nn.Linear, rule: Aggregate, std_coefficient: float) -> None:
+        super().__init__(members)
         self.rule: Aggregate = rule
         self.std_coefficient = std_coefficient
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """`pooled` (B, D) -> (B, 1)."""
-        return aggregate(self.members(pooled), self.rule, self.std_coefficient).unsqueeze(-1)
+    def combine(self, rewards: Tensor) -> Tensor:
+        return aggregate(rewards, self.rule, self.std_coefficient)
 
 
 def aggregate(rewards: Tensor, rule: Aggregate, std_coefficient: float) -> Tensor:

@@ -17,7 +17,7 @@ from reward.errors import InputError, ScoringError
 from reward.manifest import Aggregate
 from reward.metrics import ScoreMetrics
 from reward.rendering import Rendered
-from reward.scorer import Score, TemplatedText
+from reward.scorer import RawScore, Score, TemplatedText
 from reward.shared_prefix import SharingOptions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LocalScorer:
         self._model: RewardModel | None = None
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
         self._batching = batching or BatchingOptions()
-        self._worker: BatchingWorker[Rendered] | None = None
+        self._worker: BatchingWorker[Rendered, RawScore] | None = None
 
     @property
     def name(self) -> str:
@@ -109,22 +109,8 @@ class LocalScorer:
         assert worker is not None, "made when the model was loaded"
         if not rendered:
             return []
-        rewards = await worker.submit(rendered)
-        scale = model.manifest.normalisation
-        scores = []
-        for item, raw_reward in zip(rendered, rewards, strict=True):
-            reward = scale.reward(raw_reward)
-            scores.append(
-                Score(
-                    reward=reward,
-                    raw_reward=raw_reward,
-                    percentile=scale.percentile(reward),
-                    truncated=item.truncated,
-                    prompt_tokens=item.prompt_tokens,
-                    completion_tokens=item.completion_tokens,
-                )
-            )
-        return scores
+        raw_scores = await worker.submit(rendered)
+        return [model.manifest.score(raw, item) for raw, item in zip(raw_scores, rendered, strict=True)]
 
     def reward_at_percentile(self, percentile: float) -> float | None:
         return self._loaded().manifest.normalisation.at_percentile(percentile)
@@ -150,9 +136,9 @@ class LocalScorer:
                 sharing=self._sharing,
             )
 
-    def _compute(self, model: RewardModel, items: Sequence[Rendered]) -> list[float]:
+    def _compute(self, model: RewardModel, items: Sequence[Rendered]) -> list[RawScore]:
         with self._turns:
-            return model.raw_rewards(items)
+            return model.raw_scores(items)
 
     def _loaded(self) -> RewardModel:
         if self._model is None:
@@ -175,14 +161,14 @@ class LocalScorer:
             logger.exception("rendering failed")
             raise InputError(f"the messages cannot be rendered: {type(error).__name__}") from error
 
-    async def _run_batch(self, items: Sequence[Rendered]) -> list[float]:
+    async def _run_batch(self, items: Sequence[Rendered]) -> list[RawScore]:
         model = self._loaded()
         started = time.perf_counter()
-        rewards = await asyncio.get_running_loop().run_in_executor(self._device_thread, self._compute, model, items)
+        scores = await asyncio.get_running_loop().run_in_executor(self._device_thread, self._compute, model, items)
         if self._metrics is not None:
             self._metrics.batch_size.observe(len(items))
             self._metrics.duration.observe(time.perf_counter() - started)
-        return rewards
+        return scores
 
 
 def _ignore_depth(depth: int) -> None:

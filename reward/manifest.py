@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, Literal, get_args
 from feedback.records import Message
 from reward.errors import ModelLoadError
 from reward.normalisation import Normalisation
-from reward.rendering import Template
+from reward.rendering import Rendered, Template
+from reward.scorer import RawScore, Score
 
 FILE_NAME = "reward.json"
 FORMAT = 1
@@ -89,6 +91,19 @@ class Manifest:
     probes: tuple[Probe, ...] = ()
     scales: Mapping[Aggregate, Normalisation] = field(default_factory=dict)
     """Of an ensemble: what `normalisation` would be under each rule."""
+
+    def score(self, raw: RawScore, item: Rendered) -> Score:
+        """What is served of a completion: `raw` on the scale of the references."""
+        reward = self.normalisation.reward(raw.reward)
+        return Score(
+            reward=reward,
+            raw_reward=raw.reward,
+            percentile=self.normalisation.percentile(reward),
+            truncated=item.truncated,
+            prompt_tokens=item.prompt_tokens,
+            completion_tokens=item.completion_tokens,
+            std=statistics.pstdev(raw.by_head) / self.normalisation.std if self.head.heads > 1 else None,
+        )
 
     def save(self, folder: Path) -> None:
         """Writes `reward.json` into `folder`."""

@@ -37,6 +37,7 @@ from reward.network import (
     wrap_classifier,
 )
 from reward.rendering import Rendered, Renderer, Template
+from reward.scorer import RawScore
 from reward.shared_prefix import SharingOptions, share_prefix, take_sharing
 from reward.shared_prefix_model import SharedPrefixModel, find_way
 
@@ -77,15 +78,21 @@ class RewardModel:
         return take_sharing(items, options, one_request=self.sharing is None or self.sharing.way == "expanded")
 
     @torch.inference_mode()
-    def raw_rewards(self, items: Sequence[Rendered]) -> list[float]:
+    def raw_scores(self, items: Sequence[Rendered]) -> list[RawScore]:
         """One forward pass over all items. Raises ValueError on a reward that is not finite."""
         if self.sharing is not None and all(item.prefix is not None for item in items):
-            rewards = self.sharing.raw_rewards(items)
+            by_head = self.sharing.raw_rewards(items, by_head=True)
         else:
-            rewards = self.network(collate(items, self.device))
-        if not bool(torch.isfinite(rewards).all()):
+            by_head = self.network(collate(items, self.device), by_head=True)
+        rewards = self.network.combine(by_head)
+        if not bool(torch.isfinite(by_head).all() and torch.isfinite(rewards).all()):
             raise ValueError("the reward model gave a reward that is not finite")
-        return cast(list[float], rewards.tolist())
+        heads = by_head.tolist() if by_head.shape[1] > 1 else [()] * len(items)
+        return [RawScore(reward, tuple(own)) for reward, own in zip(rewards.tolist(), heads, strict=True)]
+
+    def raw_rewards(self, items: Sequence[Rendered]) -> list[float]:
+        """As `raw_scores`, the one number only."""
+        return [raw.reward for raw in self.raw_scores(items)]
 
     def score_all(
         self,
@@ -93,17 +100,25 @@ class RewardModel:
         max_batch_tokens: int | None = None,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> list[float]:
-        """Raw rewards of any number of items, in order, for offline work.
+        """As `raw_scores_of_all`, the one number only."""
+        return [raw.reward for raw in self.raw_scores_of_all(items, max_batch_tokens, on_progress)]
+
+    def raw_scores_of_all(
+        self,
+        items: Sequence[Rendered],
+        max_batch_tokens: int | None = None,
+        on_progress: Callable[[int], None] = lambda count: None,
+    ) -> list[RawScore]:
+        """Raw scores of any number of items, in order, for offline work.
 
         Batches are of one prompt (`shared`) or of similar length.
         """
-        rewards = [0.0] * len(items)
+        scores: dict[int, RawScore] = {}
         options = BatchingOptions(max_batch_tokens=max_batch_tokens).on_device(self.device.type)
         for batch in self._batches(items, options):
-            for index, reward in zip(batch, self.raw_rewards([items[i] for i in batch]), strict=True):
-                rewards[index] = reward
+            scores.update(zip(batch, self.raw_scores([items[i] for i in batch]), strict=True))
             on_progress(len(batch))
-        return rewards
+        return [scores[index] for index in range(len(items))]
 
     def _batches(self, items: Sequence[Rendered], options: BatchingOptions) -> Iterator[list[int]]:
         assert options.max_batch_tokens is not None, "filled in for the device"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from reward.ensembles import EnsembleHead
+from reward.ensembles import EnsembleHead, ManyHeads
 from reward.errors import ModelLoadError
 from reward.manifest import Head, Pooling
 from reward.rendering import Rendered
@@ -39,7 +39,7 @@ class GatedHead(nn.Module):
         return cast(Tensor, (self.experts(pooled) * shares).sum(dim=-1, keepdim=True))
 
 
-AnyHead = nn.Linear | GatedHead | EnsembleHead
+AnyHead = nn.Linear | GatedHead | ManyHeads
 
 
 class PooledRewardModel(nn.Module):
@@ -61,18 +61,21 @@ class PooledRewardModel(nn.Module):
             final_norm(backbone)
 
     def forward(self, batch: Sequences, *, by_head: bool = False) -> Tensor:
-        """Raw rewards (B,), in fp32. `by_head`: of an ensemble's heads, each for itself, (B, K)."""
+        """Raw rewards (B,), in fp32. `by_head`: of each head by itself, (B, K); of a single one, (B, 1)."""
         hidden = self._hidden_states(batch)
-        pooled = self._pooled(hidden, batch)
-        if by_head and isinstance(self.head, EnsembleHead):
-            return cast(Tensor, self.head.members(pooled.to(self.head.members.weight.dtype))).float()
-        return self.apply_head(pooled, pool_prompt(hidden[-1], batch) if isinstance(self.head, GatedHead) else None)
+        asked = pool_prompt(hidden[-1], batch) if isinstance(self.head, GatedHead) else None
+        rewards = self.apply_heads(self._pooled(hidden, batch), asked)
+        return rewards if by_head else self.combine(rewards)
 
-    def apply_head(self, pooled: Tensor, prompt: Tensor | None) -> Tensor:
-        """What heads see -> raw rewards (B,), in fp32. Only a gate looks at `prompt`."""
+    def apply_heads(self, pooled: Tensor, prompt: Tensor | None) -> Tensor:
+        """What heads see -> raw rewards of each head (B, K), in fp32. Only a gate looks at `prompt`."""
         number = next(self.head.parameters()).dtype
         seen = (pooled,) if prompt is None else (pooled, prompt)
-        return cast(Tensor, self.head(*(tensor.to(number) for tensor in seen))).squeeze(-1).float()
+        return cast(Tensor, self.head(*(tensor.to(number) for tensor in seen))).float()
+
+    def combine(self, rewards: Tensor) -> Tensor:
+        """The one reward of each completion: (B, K) of the heads -> (B,)."""
+        return self.head.combine(rewards) if isinstance(self.head, ManyHeads) else rewards.squeeze(-1)
 
     def features(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         """What heads see, in fp32: the completion's (B, D) and the prompt's (B, 2H)."""
@@ -108,9 +111,14 @@ class ClassifierRewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Raw rewards (B,), in fp32."""
-        return cast(Tensor, self.classifier(**batch.inputs()).logits).squeeze(-1).float()
+    def forward(self, batch: Batch, *, by_head: bool = False) -> Tensor:
+        """Raw rewards (B,), in fp32. `by_head`: of the single head there is, (B, 1)."""
+        rewards = cast(Tensor, self.classifier(**batch.inputs()).logits).float()
+        return rewards if by_head else self.combine(rewards)
+
+    def combine(self, rewards: Tensor) -> Tensor:
+        """The one reward of each completion: (B, 1) -> (B,)."""
+        return rewards.squeeze(-1)
 
 
 class Sequences(Protocol):
@@ -244,9 +252,7 @@ def build_head(width: int, head: Head) -> AnyHead:
     nn.init.zeros_(linear.bias)
     if head.heads == 1:
         return linear
-    ensemble = EnsembleHead(inputs, head.heads, head.aggregate, head.std_coefficient)
-    ensemble.members = linear
-    return ensemble
+    return EnsembleHead(linear, head.aggregate, head.std_coefficient)
 
 
 def wrap_classifier(classifier: nn.Module) -> PooledRewardModel | ClassifierRewardModel:

@@ -65,7 +65,7 @@ def read_openrlhf(body: Mapping[str, Any]) -> Asked:
             "rewards": [score.reward for score in scores],
             # Between 0 and 1, for its filter of prompts that are too easy or too hard.
             "scores": [_share(score) for score in scores],
-            "extra_logs": {"raw_reward": [score.raw_reward for score in scores]} if scores else {},
+            "extra_logs": _logs(scores),
         }
 
     return Asked([TemplatedText(text, prompt) for text, prompt in zip(queries, prompts, strict=True)], reply)
@@ -204,6 +204,16 @@ def _sigmoid(reward: float) -> float:
 
 def _share(score: Score) -> float:
     return score.percentile / 100 if score.percentile is not None else _sigmoid(score.reward)
+
+
+def _logs(scores: Sequence[Score]) -> dict[str, list[float]]:
+    """What OpenRLHF logs beside the rewards: a list for each name."""
+    logs: dict[str, list[float]] = {"raw_reward": [score.raw_reward for score in scores]} if scores else {}
+    if scores and all(score.std is not None for score in scores):
+        logs["std"] = [score.std for score in scores if score.std is not None]
+    for name in (scores[0].objectives or {}) if scores else {}:
+        logs[f"objective_{name}"] = [(score.objectives or {})[name] for score in scores]
+    return logs
 
 
 def _usage(scores: Sequence[Score]) -> dict[str, Any]:

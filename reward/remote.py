@@ -116,6 +116,8 @@ class RemoteScorer:
             truncated=remote.truncated,
             prompt_tokens=0,
             completion_tokens=remote.completion_tokens,
+            std=remote.std,
+            objectives=remote.objectives,
         )
 
     async def _remote_scores(self, prompt: Messages, completions: Sequence[Messages]) -> list[RemoteScore]:

@@ -5,11 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from feedback.records import Messages
+
+
+@dataclass(frozen=True, slots=True)
+class RawScore:
+    """What a reward model's heads gave one completion."""
+
+    reward: float
+    """One number, whatever heads there are."""
+    by_head: tuple[float, ...] = ()
+    """Of each head by itself, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,16 @@ class Score:
     """Part of the prompt (or of an over-long completion) was cut to fit the model."""
     prompt_tokens: int
     completion_tokens: int
+    std: float | None = None
+    """How far the heads of an ensemble disagree: the deviation of their rewards, on the scale of `reward`. None for
+    other models."""
+    objectives: Mapping[str, float] | None = None
+    """Of a model with several objectives: the reward for each, normalised on its own references. None for others."""
+
+    def by_heads(self) -> dict[str, Any]:
+        """`std` and `objectives` where there are such, as the JSON of answers has them."""
+        found = {"std": self.std, "objectives": None if self.objectives is None else dict(self.objectives)}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

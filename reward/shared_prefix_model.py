@@ -55,18 +55,24 @@ class SharedPrefixModel:
             shared_prefix_attention.register()
 
     @torch.inference_mode()
-    def raw_rewards(self, items: Sequence[Rendered]) -> Tensor:
-        """Raw rewards (B,) in fp32 of items that each have a prefix. Out of memory, it lets go of what it remembers."""
+    def raw_rewards(self, items: Sequence[Rendered], *, by_head: bool = False) -> Tensor:
+        """Raw rewards (B,) in fp32 of items that each have a prefix; `by_head`: of each head by itself, (B, K).
+
+        Out of memory, it lets go of what it remembers.
+        """
+        rewards = self._by_head(items)
+        return rewards if by_head else self._network.combine(rewards)
+
+    def _by_head(self, items: Sequence[Rendered]) -> Tensor:
         if self.way == "packed":
             try:
                 return self._packed(items)
             except torch.OutOfMemoryError:
                 self._cache.clear()
                 raise
-        rewards = torch.empty(len(items), device=self._device)
-        for members in by_prefix(items):
-            rewards[members] = self._expanded([items[index] for index in members])
-        return rewards
+        order = by_prefix(items)
+        rewards = torch.cat([self._expanded([items[index] for index in members]) for members in order])
+        return rewards[torch.tensor([index for members in order for index in members]).argsort().to(self._device)]
 
     def _packed(self, items: Sequence[Rendered]) -> Tensor:
         made = pack(items, self._cache)
@@ -130,9 +136,9 @@ class SharedPrefixModel:
         pooling = self._network.pooling
         pooled = torch.cat([pool_packed(layer, prompt | completion, completion, pooling) for layer in states], dim=-1)
         if not isinstance(self._network.head, GatedHead):
-            return self._network.apply_head(pooled, None)
+            return self._network.apply_heads(pooled, None)
         asked = pool_packed(states[-1], prompt, prompt, ("last", "mean"))
-        return self._network.apply_head(pooled, torch.where(prompt.any(dim=1, keepdim=True), asked, 0.0))
+        return self._network.apply_heads(pooled, torch.where(prompt.any(dim=1, keepdim=True), asked, 0.0))
 
 
 def by_prefix(items: Sequence[Rendered]) -> list[list[int]]:
@@ -155,13 +161,13 @@ def find_way(
     if items[0].prefix is None:
         return None
     with torch.inference_mode():
-        plain = torch.cat([network(collate([item], device)) for item in items])
+        plain = torch.cat([network(collate([item], device), by_head=True) for item in items])
     ways: tuple[Way, ...] = ("packed", "expanded")
     for way in ways:
         model = SharedPrefixModel(network, device, way, max_length=renderer.max_length, cache_tokens=cache_tokens)
         try:
             # Twice: the second time a packed prefix is remembered.
-            agrees = all(_close(model.raw_rewards(items), plain, network) for _ in range(2))
+            agrees = all(_close(model.raw_rewards(items, by_head=True), plain, network) for _ in range(2))
         except Exception as error:
             # Whatever a model of others does with what it is given: it means that this way is closed.
             logger.info("sharing prefixes, %s: not with this model: %s: %s", way, type(error).__name__, error)

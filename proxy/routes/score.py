@@ -61,6 +61,7 @@ async def _answer(scorer: Scorer, request: ScoreRequest, send: Send) -> None:
                 "raw_reward": score.raw_reward,
                 "percentile": score.percentile,
                 "truncated": score.truncated,
+                **score.by_heads(),
             }
             for index, score in enumerate(scores)
         ],

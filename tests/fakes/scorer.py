@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from feedback.records import Message, Messages
 from reward.scorer import Score, TemplatedText
@@ -19,6 +19,9 @@ class FakeScorer:
         self.has_references = True
         self.rewards: dict[str, float] = {}
         """By text, where the words are not to decide."""
+        self.std: float | None = None
+        self.objectives: Mapping[str, float] | None = None
+        """What several heads say of every text, for a fake that has such."""
         self.before: Callable[[], None] | None = None
         """Called, on a thread of its own, before anything is scored."""
 
@@ -54,4 +57,6 @@ class FakeScorer:
             truncated=False,
             prompt_tokens=1,
             completion_tokens=len(words),
+            std=self.std,
+            objectives=self.objectives,
         )

@@ -45,7 +45,7 @@ class Device:
 @asynccontextmanager
 async def running(
     on_depth: Callable[[int], None] = lambda depth: None, **limits: int
-) -> AsyncIterator[tuple[Device, BatchingWorker[Item]]]:
+) -> AsyncIterator[tuple[Device, BatchingWorker[Item, float]]]:
     device = Device()
     worker = BatchingWorker(device, BatchingOptions(**limits), on_depth)
     worker.start()
@@ -55,7 +55,7 @@ async def running(
         await worker.aclose()
 
 
-async def submitted(worker: BatchingWorker[Item], *items: Item) -> asyncio.Task[list[float]]:
+async def submitted(worker: BatchingWorker[Item, float], *items: Item) -> asyncio.Task[list[float]]:
     """A caller whose items are in the queue when this returns."""
     task = asyncio.create_task(worker.submit(items))
     await asyncio.sleep(0)  # one turn of the loop: submit runs up to its wait for results

@@ -19,6 +19,7 @@ from reward.manifest import Aggregate, Head, Manifest
 from reward.model import HEAD_FILE
 from reward.network import build_head
 from reward.normalisation import Normalisation
+from reward.scorer import Score
 from tests.fakes.models import build_tiny_causal_lm
 
 RULES: tuple[Aggregate, ...] = get_args(Aggregate)
@@ -41,14 +42,14 @@ def test_disagreement_never_raises_a_reward(row: list[float], rule: Aggregate, c
     assert found <= aggregate(torch.tensor([row]), "mean", coefficient).item() + 1e-4
 
 
-async def scores_under(folder: Path, rule: Aggregate | None) -> list[tuple[float, float]]:
-    """(reward, raw reward) of three answers."""
+async def scores_under(folder: Path, rule: Aggregate | None) -> list[Score]:
+    """Of three answers."""
     prompt: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
     answers: list[Messages] = [[{"role": "assistant", "content": text}] for text in ("Paris.", "Rome", "I see, a list")]
     scorer = LocalScorer(str(folder), device="cpu", aggregate=rule)
     try:
         await scorer.start()
-        return [(score.reward, score.raw_reward) for score in await scorer.score(prompt, answers)]
+        return await scorer.score(prompt, answers)
     finally:
         await scorer.aclose()
 
@@ -64,7 +65,30 @@ async def test_a_scorer_serves_the_rule_it_is_given(tmp_path: Path) -> None:
     found = {rule: await scores_under(tmp_path, rule) for rule in RULES}
     assert found["mean"] == own
     for number, rule in enumerate(RULES):
-        for reward, raw_reward in found[rule]:
-            assert reward == pytest.approx(raw_reward - (1.0 + number))
+        for score in found[rule]:
+            assert score.reward == pytest.approx(score.raw_reward - (1.0 + number))
     for worst, mean in zip(found["worst"], own, strict=True):
-        assert worst[1] < mean[1]
+        assert worst.raw_reward < mean.raw_reward
+
+
+async def test_a_score_says_how_far_the_heads_disagree(tmp_path: Path) -> None:
+    head = Head("pooled", heads=3, aggregate="mean_less_std", std_coefficient=2.0)
+    base = build_tiny_causal_lm(tmp_path / "base")
+    torch.manual_seed(4)
+    save_file(build_head(32, head).state_dict(), tmp_path / HEAD_FILE)
+    scales = {rule: Normalisation(std=4.0) for rule in RULES}
+    Manifest("tiny", str(base), head, "chat", 64, normalisation=Normalisation(std=4.0), scales=scales).save(tmp_path)
+    mean, cautious = await scores_under(tmp_path, "mean"), await scores_under(tmp_path, None)
+    for one, other in zip(mean, cautious, strict=True):
+        assert one.std is not None and one.std > 0
+        assert other.std == pytest.approx(one.std)
+        # On the scale of rewards: what the rule takes off.
+        assert one.reward - other.reward == pytest.approx(2.0 * one.std, abs=1e-5)
+
+
+async def test_a_single_head_does_not_disagree_with_itself(tmp_path: Path) -> None:
+    base = build_tiny_causal_lm(tmp_path / "base")
+    head = Head("pooled")
+    save_file(build_head(32, head).state_dict(), tmp_path / HEAD_FILE)
+    Manifest("tiny", str(base), head, "chat", 64).save(tmp_path)
+    assert [score.by_heads() for score in await scores_under(tmp_path, None)] == [{}, {}, {}]

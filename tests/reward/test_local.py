@@ -325,11 +325,11 @@ async def test_a_failing_pass_that_shares_is_halved_and_harms_nobody(
     run = SharedPrefixModel.raw_rewards
     sizes: list[int] = []
 
-    def small_memory(self: SharedPrefixModel, items: Sequence[Rendered]) -> Any:
+    def small_memory(self: SharedPrefixModel, items: Sequence[Rendered], **how: Any) -> Any:
         sizes.append(len(items))
         if len(items) > 2:
             raise torch.OutOfMemoryError
-        return run(self, items)
+        return run(self, items, **how)
 
     async with started(tiny_reward("llama")) as scorer:
         monkeypatch.setattr(SharedPrefixModel, "raw_rewards", small_memory)

@@ -14,6 +14,7 @@ from winnow.console import CommandError, progress_console
 if TYPE_CHECKING:
     from reward.model import RewardModel
     from reward.rendering import Rendered
+    from reward.scorer import RawScore
 
 
 ModelSource = Annotated[str, typer.Option(help="Folder, hub id, or `default`.")]
@@ -41,10 +42,9 @@ def load_model(source: str, *, device: str, dtype: str, trust_remote_code: bool)
 
 def score_with_progress(
     model: RewardModel, items: Sequence[Rendered], max_batch_tokens: int | None = None
-) -> list[float]:
-    """Raw rewards in order; a bar on a terminal. Raises ValueError on a reward that is not finite."""
-
+) -> list[RawScore]:
+    """Raw scores in order; a bar on a terminal. Raises ValueError on a reward that is not finite."""
     console = progress_console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("scoring", total=len(items))
-        return model.score_all(items, max_batch_tokens, lambda count: progress.advance(task, count))
+        return model.raw_scores_of_all(items, max_batch_tokens, lambda count: progress.advance(task, count))

@@ -160,7 +160,7 @@ class _Scoring:
         texts = {_key(item.prompt, c): (item.prompt, c) for item in items for c in item.completions}
         try:
             rendered = [model.renderer.render(prompt, completion) for prompt, completion in texts.values()]
-            rewards = score_with_progress(model, rendered, self.max_batch_tokens)
+            rewards = [raw.reward for raw in score_with_progress(model, rendered, self.max_batch_tokens)]
         except (RewardError, ValueError) as error:
             raise CommandError(str(error)) from error
         manifest = model.manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ from winnow.console import CommandError, out, progress_console, table
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
+    from reward.scorer import Score
 
 SHOWN_CHARACTERS = 80
 
@@ -94,32 +95,45 @@ def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: in
             for record in records
             for item in model.shared([model.renderer.render(record.prompt, one) for one in record.completions])
         ]
-        raw_rewards = score_with_progress(model, items, max_batch_tokens)
+        raw_scores = score_with_progress(model, items, max_batch_tokens)
     except (RewardError, ValueError) as error:
         raise CommandError(str(error)) from error
-    scale = model.manifest.normalisation
+    every = [model.manifest.score(raw, item) for raw, item in zip(raw_scores, items, strict=True)]
     scored, position = [], 0
     for record in records:
-        own = slice(position, position + len(record.completions))
-        position = own.stop
-        rewards = [scale.reward(raw) for raw in raw_rewards[own]]
+        own = every[position : position + len(record.completions)]
+        position += len(own)
         identity = {} if record.id is None else {"id": record.id}
         scored.append(
             {
                 **identity,
                 "prompt": list(record.prompt),
                 "completions": [list(completion) for completion in record.completions],
-                "rewards": rewards,
-                "raw_rewards": raw_rewards[own],
-                "percentiles": [scale.percentile(reward) for reward in rewards],
-                "truncated": [item.truncated for item in items[own]],
+                "rewards": [score.reward for score in own],
+                "raw_rewards": [score.raw_reward for score in own],
+                "percentiles": [score.percentile for score in own],
+                "truncated": [score.truncated for score in own],
+                **_of_heads(own),
                 "reward_model": model.manifest.name,
             }
         )
     return scored
 
 
+def _of_heads(scores: Sequence[Score]) -> dict[str, Any]:
+    """Lists of what several heads say besides, where there are such."""
+    found: dict[str, Any] = {}
+    if scores[0].std is not None:
+        found["stds"] = [score.std for score in scores]
+    if scores[0].objectives is not None:
+        names = scores[0].objectives
+        found["objectives"] = {name: [(score.objectives or {})[name] for score in scores] for name in names}
+    return found
+
+
 def _show(records: list[Completions], scored: list[dict[str, Any]]) -> None:
+    has_std = bool(scored) and "stds" in scored[0]
+    objectives: list[str] = list(scored[0].get("objectives", ())) if scored else []
     rows = []
     for number, (record, scores) in enumerate(zip(records, scored, strict=True), start=1):
         best = max(scores["rewards"])
@@ -132,7 +146,10 @@ def _show(records: list[Completions], scored: list[dict[str, Any]]) -> None:
                     "★" if scores["rewards"][index] == best and len(record.completions) > 1 else "",
                     scores["rewards"][index],
                     scores["percentiles"][index],
+                    *([scores["stds"][index]] if has_std else []),
+                    *(scores["objectives"][name][index] for name in objectives),
                     text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…",
                 ]
             )
-    out().print(table(["record", "#", "", "reward", "percentile", "completion"], rows))
+    more = [*(["std"] if has_std else []), *objectives]
+    out().print(table(["record", "#", "", "reward", "percentile", *more, "completion"], rows))
