@@ -1,10 +1,11 @@
 """Losses: pure tensor maths, no I/O.
 
-Shapes: N completions, M pairs.
+Shapes: N completions, M pairs; B completions of C tokens.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,3 +56,36 @@ def num_correct(rewards: Tensor, better: Tensor, worse: Tensor) -> Tensor:
     """Pairs whose better completion has the higher reward; equal rewards count half. A scalar."""
     gaps = rewards[better] - rewards[worse]
     return (gaps > 0).sum() + 0.5 * (gaps == 0).sum()
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, clip_range: float
+) -> Tensor:
+    """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7), to be minimised, summed over tokens.
+
+    loss = Σ max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)),  ρ = π(a) / π_old(a)
+
+    All (B, C). A sum: the caller divides by the count over all micro-batches and processes. What stands outside the
+    mask is not read, be it NaN.
+    """
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape
+    ratio = torch.where(completion_mask, logprobs - old_logprobs, 0.0).exp()
+    weights = torch.where(completion_mask, advantages, 0.0)
+    return torch.maximum(-weights * ratio, -weights * ratio.clamp(1 - clip_range, 1 + clip_range)).sum()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, clip_range: float | None
+) -> Tensor:
+    """½ Σ max((V − R)², (clip(V, V_old ± ε) − R)²): squared error that pays no one for leaving V_old far behind.
+
+    As Ziegler et al. (arXiv 1909.08593, released code) have it; without `clip_range` the plain squared error. All
+    (B, C); summed as `clipped_policy_loss` is.
+    """
+    assert values.shape == old_values.shape == returns.shape == completion_mask.shape
+    kept, old, wanted = (torch.where(completion_mask, one, 0.0) for one in (values, old_values, returns))
+    errors = (kept - wanted).square()
+    if clip_range is not None:
+        clipped = old + (kept - old).clamp(-clip_range, clip_range)
+        errors = torch.maximum(errors, (clipped - wanted).square())
+    return 0.5 * errors.sum()
