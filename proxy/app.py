@@ -32,7 +32,7 @@ from proxy.origins import PageGuard, with_cors
 from proxy.recorder import Recorder, RecorderLimits
 from proxy.routes.operations import operations
 from proxy.routing import DEFAULT, Route, RoutingTable
-from proxy.strategies.history import RewardHistories
+from proxy.strategies.history import Histories
 from proxy.upstreams.base import Upstream
 from proxy.upstreams.capabilities import Capabilities
 from proxy.upstreams.guarded import GuardedUpstream
@@ -146,7 +146,7 @@ def build_gateway(
         joining=before.joining if before is not None else Joining(settings.server.max_lingering),
         prices=_prices(settings),
         recorder=_recorder(settings, parts.store, before, metrics),
-        histories=before.histories if before is not None else RewardHistories(),
+        histories=before.histories if before is not None else Histories(),
     )
 
 

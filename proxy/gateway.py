@@ -19,7 +19,7 @@ from proxy.metrics import ProxyMetrics
 from proxy.origins import PageGuard
 from proxy.recorder import Recorder
 from proxy.routing import Route, RoutingTable
-from proxy.strategies.history import RewardHistories
+from proxy.strategies.history import Histories
 from proxy.upstreams.base import Upstream
 from reward.scorer import Scorer
 
@@ -40,7 +40,7 @@ class Gateway:
     """By the names that upstreams are asked for."""
     recorder: Recorder | None
     """None: no candidates are kept."""
-    histories: RewardHistories
+    histories: Histories
     """What rewards look like on each route: sums over many requests, in which none can be told apart."""
 
     def scorer(self, name: str | None, param: str, otherwise: Scorer | None) -> Scorer | None:

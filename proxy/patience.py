@@ -1,4 +1,4 @@
-"""When a draw stops waiting for its slower calls: a quorum is there, or half of them and then long enough."""
+"""When a draw stops waiting for its slower calls: a quorum is there, or they take far longer than others do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.candidates import Candidate
+from proxy.strategies.history import LatestValues
+
+_KNOWN_ANSWERS = 32
+"""Of a route, with fewer of which nothing is said of how long its answers take."""
+_USUAL_SHARE = 0.95
+_OWN_FACTOR = 2.0
+"""However quick a route's answers are: where a prompt's own take long, the rest of them may take twice as long."""
+_LEAST_S = 1.0
+"""A lost packet or a pause of this process takes that long, and says nothing of the upstream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +29,32 @@ class Patience:
     straggler_min_s: float
     """But this many seconds at least."""
     least: int
-    """Good candidates without which nothing is given up."""
+    """Answers without which nothing is given up."""
     is_good: Callable[[Candidate], bool]
+    learnt_factor: float = 0.0
+    """Of what is usual on the route, where that is known: nobody gets longer, nor less. 0: the route says nothing."""
+    durations: LatestValues | None = None
+    """Seconds from the beginning of a draw to each of its answers, on the route: read, and added to."""
+
+    def learn(self, answered_s: float) -> None:
+        if self.durations is not None:
+            self.durations.keep(answered_s)
+
+    def limit_s(self, slowest_s: float, *, half_there: bool) -> float | None:
+        """Seconds that all may take where the slowest of those that are there took `slowest_s`; None: any time.
+
+        What is usual on the route can only shorten what the prompt's own answers allow: where a long prompt's take long
+        on a quick route, or a short one's are quick on a slow route, the others of the same prompt know better.
+        """
+        if self.straggler_factor == 0:
+            return None
+        limits = []
+        if half_there:
+            limits.append(max(self.straggler_factor * slowest_s, slowest_s + self.straggler_min_s))
+        if self.learnt_factor and self.durations is not None and len(self.durations) >= _KNOWN_ANSWERS:
+            usual_s = self.durations.quantile(_USUAL_SHARE)
+            limits.append(max(self.learnt_factor * usual_s, _OWN_FACTOR * slowest_s, slowest_s + _LEAST_S))
+        return min(limits, default=None)
 
 
 class Waiting:
@@ -29,28 +62,54 @@ class Waiting:
 
     def __init__(self, patience: Patience, count: int, give_up: Callable[[], None]) -> None:
         self._patience = patience
-        self._half = max((count + 1) // 2, patience.least)
         self._count = count
         self._give_up = give_up
-        self._good = 0
+        self._good = self._answered = self._failed = 0
+        self._slowest_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._over = False
 
     def arrived(self, candidate: Candidate) -> None:
-        patience = self._patience
-        # Without a quorum all are equal: a draw that waits for all does not judge them twice.
-        if candidate.failure is not None or (patience.quorum is not None and not patience.is_good(candidate)):
+        if self._over:
             return
-        self._good += 1
-        if patience.quorum is not None and self._good == patience.quorum:
-            self._give_up()
-        elif self._good == self._half and self._good < self._count and patience.straggler_factor > 0:
-            now = self._loop.time()
-            elapsed_s = now - self._started_at
-            allowed_s = max((patience.straggler_factor - 1) * elapsed_s, patience.straggler_min_s)
-            self._timer = self._loop.call_at(now + allowed_s, self._give_up)
+        patience = self._patience
+        if candidate.failure is not None:
+            # How fast calls fail says nothing of how long answers take; but nobody waits for these any more.
+            self._failed += 1
+        else:
+            self._answered += 1
+            self._slowest_s = self._loop.time() - self._started_at
+            patience.learn(self._slowest_s)
+            # Without a quorum all are equal: a draw that waits for all does not judge them twice.
+            self._good += patience.quorum is not None and patience.is_good(candidate)
+        if self._good == patience.quorum:
+            self._end()
+        else:
+            self._watch_stragglers()
 
     def close(self) -> None:
+        self._over = True
+        self._stop_timer()
+
+    def _watch_stragglers(self) -> None:
+        """Sets the timer anew: each answer tells more of how long the rest may take."""
+        self._stop_timer()
+        if self._answered < max(self._patience.least, 1) or self._answered + self._failed == self._count:
+            return
+        half = (self._count - self._failed + 1) // 2
+        if self._patience.quorum is not None:
+            half = min(half, max(self._patience.quorum - 1, 1))
+        limit_s = self._patience.limit_s(self._slowest_s, half_there=self._answered >= half)
+        if limit_s is not None:
+            self._timer = self._loop.call_at(self._started_at + limit_s, self._end)
+
+    def _end(self) -> None:
+        self.close()
+        self._give_up()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None

@@ -15,7 +15,7 @@ from proxy.patience import Patience
 from proxy.prompts import PromptPart
 from proxy.request import Ask
 from proxy.selection import Selection, adjusted_reward, select
-from proxy.strategies.history import RewardHistory
+from proxy.strategies.history import LatestValues, RewardHistory
 from proxy.strategies.outcome import Outcome, all_failed
 from proxy.strategies.settings import StrategyName
 
@@ -34,6 +34,8 @@ class Terms:
     judge: Judge
     history: RewardHistory
     """Of the route and the reward model: read, and added to."""
+    durations: LatestValues
+    """Of the route: as `history`."""
     min_reward: float | None
     """With percentiles resolved."""
     started_at: float
@@ -141,8 +143,23 @@ class Contest:
             return None
         return self.deadline - min(_SCORING_RESERVE_S, _SCORING_SHARE * self.terms.ask.deadline_s)
 
+    def patience(self, count: int) -> Patience:
+        """With `count` candidates on their way."""
+        route, ask = self.terms.route, self.terms.ask
+        # What is still missing for the request, whatever the quorum says.
+        quorum = None if ask.quorum is None else max(ask.quorum, self.least - self.num_answered)
+        return Patience(
+            quorum=quorum if quorum is not None and quorum < count else None,
+            straggler_factor=route.straggler_factor,
+            straggler_min_s=route.straggler_min_s,
+            least=self.least - self.num_answered,
+            is_good=self._is_good,
+            learnt_factor=route.straggler_learnt_factor,
+            durations=self.terms.durations,
+        )
+
     async def _round(self, job: Job, count: int) -> Sequence[Judged]:
-        draw = await self.terms.drawer.draw(job, count, len(self.judged), self.drawing_deadline, self._patience(count))
+        draw = await self.terms.drawer.draw(job, count, len(self.judged), self.drawing_deadline, self.patience(count))
         verdict = await self.terms.judge.judge(self.part, draw.candidates, self.deadline)
         self.add(draw, verdict.judged, scored=verdict.scored)
         return verdict.judged
@@ -156,18 +173,6 @@ class Contest:
         if not selection.order:
             return rejected
         return Selection(tuple(before + position for position in selection.order), selection.accepted)
-
-    def _patience(self, count: int) -> Patience:
-        route, ask = self.terms.route, self.terms.ask
-        # What is still missing for the request, whatever the quorum says.
-        quorum = None if ask.quorum is None else max(ask.quorum, self.least - self.num_answered)
-        return Patience(
-            quorum=quorum if quorum is not None and quorum < count else None,
-            straggler_factor=route.straggler_factor,
-            straggler_min_s=route.straggler_min_s,
-            least=self.least - self.num_answered,
-            is_good=self._is_good,
-        )
 
     def _is_good(self, candidate: Candidate) -> bool:
         return self.terms.judge.is_valid(self.part, candidate)

@@ -1,4 +1,4 @@
-"""What rewards look like on each route: running moments and a bounded sample, for each route and reward model."""
+"""What is learnt of each route: its rewards, by running moments and a bounded sample, and how long its answers take."""
 
 from __future__ import annotations
 
@@ -33,6 +33,29 @@ class Prior:
         return 1 - bisect_right(self.sample, reward) / len(self.sample) if self.sample else 0.0
 
 
+class LatestValues:
+    """A bounded number of the latest values."""
+
+    def __init__(self, most: int = _SAMPLE_SIZE) -> None:
+        self._most = most
+        self._latest: deque[float] = deque()
+        self.ordered: list[float] = []
+        """In ascending order; changes as values come."""
+
+    def __len__(self) -> int:
+        return len(self.ordered)
+
+    def keep(self, value: float) -> None:
+        insort(self.ordered, value)
+        self._latest.append(value)
+        if len(self._latest) > self._most:
+            del self.ordered[bisect_left(self.ordered, self._latest.popleft())]
+
+    def quantile(self, share: float) -> float:
+        """The least value that so large a share of them does not exceed. There must be some."""
+        return self.ordered[max(0, math.ceil(share * len(self.ordered)) - 1)]
+
+
 class RewardHistory:
     """Exponentially decayed moments over prompts: sums of squares of two levels, as in an analysis of variance."""
 
@@ -44,8 +67,7 @@ class RewardHistory:
         self._inverse_counts = 4.0 / 4
         self._freedom = 4.0
         self._within_squares = 4.0 * 0.5
-        self._sample: list[float] = []
-        self._latest: deque[float] = deque()
+        self._sample = LatestValues()
 
     def observe(self, rewards: Sequence[float]) -> None:
         """The rewards of one prompt's candidates, drawn without regard to each other's. Other than finite: ignored."""
@@ -62,7 +84,7 @@ class RewardHistory:
         self._inverse_counts = _DECAY * self._inverse_counts + 1 / len(known)
         self._mean += step
         for reward in known:
-            self._keep(reward)
+            self._sample.keep(reward)
 
     def prior(self) -> Prior:
         """To be used at once: its sample changes with the history."""
@@ -70,13 +92,7 @@ class RewardHistory:
         # The means of few candidates scatter by themselves too: Var(mean) = between + within × E[1/count].
         between = self._between_squares / self._prompts - within * self._inverse_counts / self._prompts
         within = max(within, _LEAST_VARIANCE)
-        return Prior(self._mean, max(between, 0.01 * within), within, _PRIOR_WEIGHT, self._sample)
-
-    def _keep(self, reward: float) -> None:
-        insort(self._sample, reward)
-        self._latest.append(reward)
-        if len(self._latest) > _SAMPLE_SIZE:
-            del self._sample[bisect_left(self._sample, self._latest.popleft())]
+        return Prior(self._mean, max(between, 0.01 * within), within, _PRIOR_WEIGHT, self._sample.ordered)
 
 
 _LEAST_VARIANCE = 1e-12
@@ -84,10 +100,15 @@ _LEAST_VARIANCE = 1e-12
 
 
 @dataclass(slots=True)
-class RewardHistories:
+class Histories:
     """Lives as long as the server. Its keys come from configuration, which bounds it."""
 
-    _of: dict[tuple[str, str], RewardHistory] = field(default_factory=dict)
+    _rewards: dict[tuple[str, str], RewardHistory] = field(default_factory=dict)
+    _durations: dict[str, LatestValues] = field(default_factory=dict)
 
-    def of(self, route: str, reward_model: str) -> RewardHistory:
-        return self._of.setdefault((route, reward_model), RewardHistory())
+    def rewards(self, route: str, reward_model: str) -> RewardHistory:
+        return self._rewards.setdefault((route, reward_model), RewardHistory())
+
+    def durations(self, route: str) -> LatestValues:
+        """Seconds from the beginning of a draw to each of its answers."""
+        return self._durations.setdefault(route, LatestValues())

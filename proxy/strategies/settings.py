@@ -23,6 +23,10 @@ class StrategySettings(Section):
     """Once half of the candidates are there, the others get this many times as long, then are cancelled; 0 waits on."""
     straggler_min_s: float = Field(default=10.0, ge=0)
     """Seconds that stragglers get at least, after half of the candidates are there."""
+    straggler_learnt_factor: float = Field(default=1.5, ge=0)
+    """Sooner than that, stragglers are cancelled that take this many times as long as 95 in 100 answers of the route
+    did, once 32 are known; but not before they have taken twice as long as the ones that are there, nor a second
+    longer. 0: nothing is learnt."""
     wave_size: int = Field(default=4, ge=1)
     """`adaptive`: most candidates drawn at once."""
     stop_cost: float = Field(default=0.12, ge=0)

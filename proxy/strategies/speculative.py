@@ -67,6 +67,7 @@ class _Race:
         self._done: dict[int, Candidate] = {}
         self._given_up: dict[int, CallFailure] = {}
         self._contenders = list(range(count))
+        self._patience = contest.patience(count)
         self._tasks: list[asyncio.Task[None]] = []
         self._target = 0
         self._news = asyncio.Event()
@@ -116,7 +117,9 @@ class _Race:
         body = self._bodies[draft.index]
         one = await self._terms.drawer.draw_one(self._job, body, draft, self._contest.drawing_deadline)
         self._done[draft.index] = one
-        if one.failure is not None and draft.index in self._contenders and self.live is None:
+        if one.failure is None:
+            self._patience.learn(self._loop.time() - self._started_at)
+        elif draft.index in self._contenders and self.live is None:
             self._contenders.remove(draft.index)
         self._watch_stragglers()
         self._news.set()
@@ -212,17 +215,18 @@ class _Race:
     def _watch_stragglers(self) -> None:
         """Ends what is still open when a quorum is there, or half are settled and the rest takes far longer."""
         good = [position for position, one in self._done.items() if one.failure is None]
-        ask, route, least = self._terms.ask, self._route, self._contest.least
+        ask, least = self._terms.ask, self._contest.least
         if self.live is not None or len(good) < least or not self._running():
             return
         if ask.quorum is not None and sum(map(self._is_valid, good)) >= max(ask.quorum, least):
             self._give_up()
-        elif self._straggling is None and route.straggler_factor > 0:
+        elif self._straggling is None:
             settled = len(self._done) + sum(position not in self._done for position in self._given_up)
-            if 2 * settled >= len(self._drafts):
-                now = self._loop.time()
-                allowed_s = max((route.straggler_factor - 1) * (now - self._started_at), route.straggler_min_s)
-                self._straggling = self._loop.call_at(now + allowed_s, self._give_up)
+            if 2 * settled < len(self._drafts):
+                return
+            limit_s = self._patience.limit_s(self._loop.time() - self._started_at, half_there=True)
+            if limit_s is not None:
+                self._straggling = self._loop.call_at(self._started_at + limit_s, self._give_up)
 
     def _give_up(self) -> None:
         for position in self._running():

@@ -127,6 +127,23 @@ class TestQuorum:
         assert text_of(raw, stream) == "good"
         proxy.upstream.wait_for(lambda upstream: upstream.cancelled == 1)
 
+    def test_a_quorum_that_cannot_come_is_not_waited_for(self, start_proxy: StartProxy, stream: bool) -> None:
+        proxy = start_proxy(route={"straggler_min_s": 0.05, "quorum": 2})
+        proxy.upstream.script = held_after(0, 2, 3)
+        raw = ask(proxy, stream=stream)
+        assert text_of(raw, stream) == "good"
+        assert raw.headers["x-winnow-candidates"] == "s=1;f=0;i=0;p=3"
+
+
+def test_a_hung_call_delays_a_route_that_is_known_to_be_quick_by_a_second(start_proxy: StartProxy) -> None:
+    """With settings as they are: its cold patience of 10 s would outlast this client's own."""
+    proxy = start_proxy(upstream={"n_mode": "parallel"})
+    for _ in range(8):
+        ask(proxy)
+    proxy.upstream.script = held_after(33)
+    raw = ask(proxy, extra_headers={"x-stainless-read-timeout": "600"}, timeout=9)
+    assert raw.headers["x-winnow-candidates"] == "s=3;f=0;i=0;p=1"
+
 
 def test_the_clients_time_out_bounds_even_a_deadline_that_it_asked_for(proxy: RunningProxy) -> None:
     proxy.upstream.script = held_after(0, 1, 2)
