@@ -22,6 +22,10 @@ from training.options import RewardOptions
 from winnow.__main__ import command_tree
 
 HERE = Path(__file__).parent
+TRAINERS: Mapping[str, tuple[type[BaseModel], str]] = {
+    "reward": (RewardOptions, "[Reward models](reward-models.md)"),
+}
+"""Settings of each `winnow train`, and the page that explains them."""
 _NOTICE = (
     "<!-- Made by docs/generate.py from the code; edit the docstrings and options there, then run `make docs`. -->"
 )
@@ -82,19 +86,25 @@ def settings_page() -> str:
         "`WINNOW_CACHE_DIR` is no setting of the file: it names the folder for converted weights, by default",
         "`$XDG_CACHE_HOME/winnow` or `~/.cache/winnow`.",
         "",
-        "## `winnow train reward`",
+        "## Trainers",
         "",
         "From `--config FILE.yaml`; `--set key=value` changes one setting (`--set lora.rank=16`; the value is YAML).",
-        "`${NAME}` and `${NAME:-default}` in values are taken from the environment. What they do to a model is told in",
-        "[Reward models](reward-models.md).",
+        "`${NAME}` and `${NAME:-default}` in values are taken from the environment.",
         "",
-        *_table(RewardOptions.model_fields, ""),
     ]
-    for name, field in RewardOptions.model_fields.items():
+    for name, (kind, page) in TRAINERS.items():
+        lines += [f"## `winnow train {name}`", "", f"What they do to a model is told in {page}.", ""]
+        lines += _trainer_tables(kind)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _trainer_tables(kind: type[BaseModel]) -> list[str]:
+    lines = _table(kind.model_fields, "")
+    for name, field in kind.model_fields.items():
         if _is_section(field):
             nested: type[BaseModel] = field.annotation  # type: ignore[assignment]
             lines += [f"### `{name}`", "", (nested.__doc__ or "").strip(), "", *_table(nested.model_fields, f"{name}.")]
-    return "\n".join(lines).rstrip() + "\n"
+    return lines
 
 
 def _server_table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:

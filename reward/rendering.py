@@ -80,8 +80,8 @@ class Renderer:
 
     def render(self, prompt: Messages, completion: Messages) -> Rendered:
         """Raises `InputError` when the template refuses these messages or a text is not valid Unicode."""
-        prompt_messages = self._normalise(prompt)
-        completion_messages = self._normalise(completion)
+        prompt_messages = self.normalised(prompt)
+        completion_messages = self.normalised(completion)
         if self.template == "pair":
             return self._render_pair(prompt_messages, completion_messages)
         if self.template == "chat":
@@ -191,7 +191,8 @@ class Renderer:
         # Some templates change earlier turns once an answer follows; the shared beginning is right for all.
         return whole, _shared_length(asked, whole)
 
-    def _normalise(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def normalised(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as the template is given them: in words it knows, with special tokens kept text."""
         return [self._normalise_message(message) for message in messages]
 
     def _normalise_message(self, message: Message) -> dict[str, Any]:

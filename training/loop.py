@@ -15,24 +15,30 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from reward.devices import DeviceError, choose_device
-from training.options import OptionsError, RewardOptions
+from training.options import OptionsError, StepOptions
 
 _WORLD_SIZES = frozenset({"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"})
 """Where launchers write the number of processes."""
 
 
-def start_accelerator(options: RewardOptions) -> Accelerator:
-    """An accelerator on the device asked for. Raises `OptionsError` when it is not what the launcher promised."""
+def start_accelerator(options: StepOptions, *, frozen: bool = False) -> Accelerator:
+    """An accelerator on the device asked for. Raises `OptionsError` when it is not what the launcher promised.
+
+    `frozen`: no gradients go through the model, so that bf16 suits CPUs that compute in it, too.
+    """
     try:
         device = choose_device(options.device)
     except DeviceError as error:
         raise OptionsError(f"device: {error}") from error
     precision = options.mixed_precision
     if precision == "auto":
-        precision = "bf16" if _computes_in_bf16(device, options) else "no"
+        precision = "bf16" if _computes_in_bf16(device, frozen=frozen) else "no"
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise OptionsError(f"{variable} asks for sharding, which this trainer does not do: start with torchrun")
+            raise OptionsError(
+                f"{variable} asks for sharding by accelerate, which does without it on some devices and says nothing: "
+                "start with torchrun, and set sharding: fsdp2 where the trainer has it"
+            )
     try:
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     except ValueError as error:
@@ -41,12 +47,12 @@ def start_accelerator(options: RewardOptions) -> Accelerator:
     return accelerator
 
 
-def _computes_in_bf16(device: torch.device, options: RewardOptions) -> bool:
+def _computes_in_bf16(device: torch.device, *, frozen: bool) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # CPUs with bf16 matrix units pass a frozen base 2.5 times as fast in it; those without, several times slower.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and options.tuning == "head" and bool(capabilities.get("amx_bf16"))
+    return device.type == "cpu" and frozen and bool(capabilities.get("amx_bf16"))
 
 
 def _check_launch(accelerator: Accelerator) -> None:
@@ -73,9 +79,9 @@ def schedule_factor(step: int, num_steps: int, warmup_share: float, final_share:
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def build_optimizer(network: nn.Module, options: RewardOptions) -> AdamW:
-    """AdamW with its own rate for new heads and weight decay on matrices only."""
-    head_rate = options.head_learning_rate or options.learning_rate
+def build_optimizer(network: nn.Module, options: StepOptions, head_rate: float | None = None) -> AdamW:
+    """AdamW with weight decay on matrices only; new heads have a rate of their own (None: that of all)."""
+    head_rate = head_rate or options.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
@@ -87,7 +93,7 @@ def build_optimizer(network: nn.Module, options: RewardOptions) -> AdamW:
     return AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, num_steps: int, options: RewardOptions) -> LambdaLR:
+def build_schedule(optimizer: torch.optim.Optimizer, num_steps: int, options: StepOptions) -> LambdaLR:
     """`schedule_factor` as a torch scheduler."""
     return LambdaLR(
         optimizer, lambda step: schedule_factor(step, num_steps, options.warmup_share, options.final_rate_share)

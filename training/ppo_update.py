@@ -19,10 +19,10 @@ from torch import Tensor
 from training.advantages import explained_variance, generalised_advantages, masked_mean, token_rewards, whiten
 from training.kl import k1, k3
 from training.losses import clipped_policy_loss, clipped_value_loss
-from training.options import _Options
+from training.options import Options
 
 
-class UpdateOptions(_Options):
+class UpdateOptions(Options):
     """The mathematics of PPO. Defaults are those of Ziegler et al. (arXiv 1909.08593) where InstructGPT names none."""
 
     gamma: float = Field(default=1.0, ge=0, le=1)

@@ -6,7 +6,6 @@ code that serves it.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from training.evaluation import POOLED, accuracy_of, by_source, pair_outcomes
 from training.model_card import model_card
 from training.models import TrainableReward, save_weights
 from training.options import OptionsError, RewardOptions
+from training.runs import file_digest
 
 PROBES: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -119,12 +119,6 @@ def _scales(model: RewardModel, references: Sequence[Rendered]) -> dict[Aggregat
         scales[rule] = Normalisation.fit(model.score_all(references))
     head.rule = trained
     return scales
-
-
-def file_digest(file: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(file).expanduser().open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def render_groups(model: RewardModel, groups: Sequence[ComparisonGroup]) -> list[Rendered]:

@@ -18,7 +18,6 @@ encoded once. Departures:
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from feedback.jsonl import Skipped, read_records, replacing
+from feedback.jsonl import Skipped, read_records
 from feedback.rankings import ComparisonGroup, group_comparisons
 from feedback.records import Preference, Ranking, parse_preference, parse_ranking
 from reward.network import batches_by_length, collate
@@ -55,10 +54,9 @@ from training.losses import centering_loss, num_correct, pairwise_ranking_loss
 from training.models import TrainableReward, last_token_classifier, load_trainable
 from training.options import OptionsError, RewardOptions
 from training.packing import Packing, Part, choose_packing, split, tensors_of
-from training.publish import file_digest, publish
+from training.publish import publish
 from training.runlog import RunLog
-
-OPTIONS_NAME = "options.json"
+from training.runs import claim, described, refuse_taken
 
 
 def train_reward_model(options: RewardOptions) -> Path:
@@ -67,8 +65,9 @@ def train_reward_model(options: RewardOptions) -> Path:
     Raises `OptionsError`, `feedback.jsonl.DataError`, `reward.errors.RewardError`.
     """
     run = Path(options.output)
-    _refuse_taken(run, options)
-    accelerator = start_accelerator(options)
+    description = described(options, [*options.train, *options.validation])
+    refuse_taken(run, description, result="model")
+    accelerator = start_accelerator(options, frozen=options.tuning == "head")
     set_seed(options.seed)
     skipped = Skipped()
     train = read_comparisons(options.train, options.skip_invalid, skipped)
@@ -89,7 +88,7 @@ def train_reward_model(options: RewardOptions) -> Path:
     # Only now: what cannot be read or loaded leaves no run folder behind. All processes have looked before one writes.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _claim(run, options)
+        claim(run, description)
     last_token: Tensor | None = None
     if options.tuning == "head":
         fit = fit_frozen(accelerator, trainable, train, data.train, options, run)
@@ -131,34 +130,6 @@ class _Data:
     validation: list[EncodedGroup]
 
 
-def _refuse_taken(run: Path, options: RewardOptions) -> None:
-    """Raises `OptionsError` for a folder that holds a finished run or one of another configuration."""
-    if (run / "model").exists():
-        raise OptionsError(f"output: {run} holds a finished run; choose another folder, or delete it")
-    path = run / OPTIONS_NAME
-    if path.is_file():
-        described = _described(options)
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in described.keys() | before.keys() if described.get(key) != before.get(key))
-        if changed:
-            raise OptionsError(
-                f"output: {run} holds a run with another {', '.join(changed)}; choose another folder, or delete it"
-            )
-
-
-def _claim(run: Path, options: RewardOptions) -> None:
-    """Says in the folder whose run it is."""
-    with replacing(run / OPTIONS_NAME) as partial:
-        partial.write_text(json.dumps(_described(options), indent=1) + "\n", encoding="utf-8")
-
-
-def _described(options: RewardOptions) -> dict[str, Any]:
-    """The options and what the data files hold: a run must not go on with other data under the same names."""
-    files = [*options.train, *options.validation]
-    digests = {file: file_digest(file) for file in files if Path(file).expanduser().is_file()}
-    return {**options.model_dump(mode="json"), "data": digests}
-
-
 # --- gradient steps -------------------------------------------------------------------------------------------
 
 
@@ -179,7 +150,7 @@ def _train_by_gradient(
     accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
 ) -> dict[str, Any]:
     num_steps = max(1, round(options.epochs * steps_in_epoch(len(data.train), options.global_batch_size)))
-    optimizer = build_optimizer(trainable.network, options)
+    optimizer = build_optimizer(trainable.network, options, options.head_learning_rate)
     schedule = build_schedule(optimizer, num_steps, options)
     trainable.network.to(accelerator.device)
     packing = choose_packing(trainable.network, options.packing, trainable.renderer.max_length)

@@ -59,7 +59,7 @@ class Network(nn.Module):
 
 def test_the_head_has_its_own_rate_and_vectors_do_not_decay() -> None:
     network = Network()
-    optimizer = build_optimizer(network, options(learning_rate=1e-4, head_learning_rate=1e-2, weight_decay=0.1))
+    optimizer = build_optimizer(network, options(learning_rate=1e-4, weight_decay=0.1), head_rate=1e-2)
     settings = {
         id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
@@ -77,7 +77,7 @@ def test_without_a_rate_of_its_own_the_head_takes_the_common_one() -> None:
 
 
 def test_the_scheduler_follows_the_factor_for_every_group() -> None:
-    optimizer = build_optimizer(Network(), options(learning_rate=1.0, head_learning_rate=10.0, warmup_share=0.5))
+    optimizer = build_optimizer(Network(), options(learning_rate=1.0, warmup_share=0.5), head_rate=10.0)
     schedule = build_schedule(optimizer, 4, options(warmup_share=0.5))
     rates = set()
     for step in range(4):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,32 +15,51 @@ from winnow.console import CommandError, progress_console
 
 app = typer.Typer(no_args_is_help=True, help="Train models from human data.")
 
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see training/configs/ for examples.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be repeated.")
+]
+
 
 @app.callback()
 def _group() -> None:
     """Keeps `train` a group while it has a single trainer."""
 
 
+@contextmanager
+def trainer() -> Iterator[None]:
+    """Around a trainer's import and run: what a person can mend becomes one line."""
+    try:
+        from training.options import OptionsError
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    except (OptionsError, DataError, RewardError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _missing(error: ModuleNotFoundError) -> CommandError:
+    return CommandError(f"training needs {error.name}: install winnow[training]")
+
+
+def _say(text: str) -> None:
+    progress_console().print(text, markup=False)
+
+
 @app.command("reward")
-def train_reward(
-    config: Annotated[Path, typer.Option(help="YAML file; see training/configs/ for examples.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be repeated.")
-    ] = None,
-) -> None:
+def train_reward(config: ConfigFile, override: Overrides = None) -> None:
     """Train a reward model on preferences and rankings.
 
     A killed run goes on where its last checkpoint was when the same command is given again.
 
     Example: winnow train reward --config training/configs/reward-lora.yaml --set output=runs/first
     """
-    try:
-        from training.options import OptionsError, RewardOptions, load_options
+    with trainer():
+        from training.options import RewardOptions, load_options
         from training.reward_model import train_reward_model
-    except ModuleNotFoundError as error:
-        raise CommandError(f"training needs {error.name}: install winnow[training]") from error
-    try:
+
         folder = train_reward_model(load_options(RewardOptions, config, override or []))
-    except (OptionsError, DataError, RewardError) as error:
-        raise CommandError(str(error)) from error
-    progress_console().print(f"reward model in {folder}; its README.md says how good it is", markup=False)
+    _say(f"reward model in {folder}; its README.md says how good it is")
