@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ from proxy.upstreams.retries import RetryBudget, Siblings
 DEADLINE_PASSED = CallFailure("deadline", "Not complete when the deadline passed")
 NOT_WAITED_FOR = CallFailure("quorum", "Not complete when the others were enough")
 _WAITS_FOR_ALL = Patience(None, 0.0, 0.0, 1, lambda candidate: True)
+Arrival = Callable[[Candidate], None]
+"""Told of a candidate that is whole, or failed, while others are still being drawn."""
 _UNPAID = frozenset({"connect", "closed", "authentication"})
 """Reasons of an `UpstreamError` after which the upstream cannot have worked for us, nor bill it."""
 _REFUSING_STATUS = (400, 422)
@@ -70,7 +72,13 @@ class Drawer:
         self._capabilities = capabilities
 
     async def draw(
-        self, job: Job, count: int, first_index: int, deadline: float | None, patience: Patience = _WAITS_FOR_ALL
+        self,
+        job: Job,
+        count: int,
+        first_index: int,
+        deadline: float | None,
+        patience: Patience = _WAITS_FOR_ALL,
+        on_arrival: Arrival = lambda candidate: None,
     ) -> Draw:
         """`count` candidates with the indices from `first_index` on, in order.
 
@@ -80,7 +88,7 @@ class Drawer:
         key = (self.upstream.name, job.model, job.endpoint)
         together = job.takes_n and count > 1 and self._capabilities.worth_asking(key, count)
         if not together or patience.quorum is not None:
-            return await self._parallel(job, count, first_index, deadline, patience)
+            return await self._parallel(job, count, first_index, deadline, patience, on_arrival)
         first = await self._with_n(job, count, first_index, deadline)
         failure = first.candidates[0].failure
         received = sum(candidate.failure is None for candidate in first.candidates)
@@ -88,12 +96,14 @@ class Drawer:
             self._capabilities.learn(key, count, received)
             if received == count:
                 return first
-            rest = await self._parallel(job, count - received, first_index + received, deadline, patience)
+            for candidate in first.candidates:
+                on_arrival(candidate)
+            rest = await self._parallel(job, count - received, first_index + received, deadline, patience, on_arrival)
             return _joined(first, rest)
         if failure.status not in _REFUSING_STATUS or self._capabilities.proven(key, count):
             return first
         # The controlled comparison: the same body, only without `n`.
-        second = await self._parallel(job, count, first_index, deadline, patience)
+        second = await self._parallel(job, count, first_index, deadline, patience, on_arrival)
         if all(candidate.failure is None for candidate in second.candidates):
             self._capabilities.learn(key, count, 0)
         return Draw(second.candidates, [*first.calls, *second.calls], first.num_calls + second.num_calls)
@@ -106,7 +116,13 @@ class Drawer:
         return (await self._call(job, body, draft, 1, deadline))[0]
 
     async def _parallel(
-        self, job: Job, count: int, first_index: int, deadline: float | None, patience: Patience
+        self,
+        job: Job,
+        count: int,
+        first_index: int,
+        deadline: float | None,
+        patience: Patience,
+        on_arrival: Arrival,
     ) -> Draw:
         # Written before anything starts: what cannot be written is the request's fault, not a candidate's.
         bodies = bodies_of(job, count, first_index)
@@ -125,6 +141,7 @@ class Drawer:
             one = (await self._call(job, bodies[position], drafts[position], 1, deadline, siblings))[0]
             drawn[position] = one
             waiting.arrived(one)
+            on_arrival(one)
 
         siblings = Siblings(max(job.retries.needed, (count + 1) // 2))
         waiting = Waiting(patience, count, give_up)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from proxy.candidates import Candidate, Judged
 from proxy.config import OnRewardFailure
 from proxy.errors import RewardUnavailableError
 from proxy.prompts import PromptPart
-from proxy.validity import Rules, fingerprint, invalid_reason
+from proxy.scorebook import Scorebook
+from proxy.validity import Rules, invalid_reason
 from reward.errors import QueueFullError, RewardError
-from reward.scorer import Score, Scorer
+from reward.scorer import Scorer
 
-_NOTHING_KNOWN: Mapping[int, Score] = MappingProxyType({})
 _log = logging.getLogger(__name__)
 
 
@@ -40,65 +38,17 @@ class Judge:
     strips_echo: bool
     """The texts begin with their prompt, which is not theirs to be rewarded for."""
 
-    async def judge(
-        self,
-        part: PromptPart,
-        candidates: Sequence[Candidate],
-        deadline: float | None,
-        known: Mapping[int, Score] = _NOTHING_KNOWN,
-    ) -> Verdict:
-        """Scores the valid candidates, or, where none is, those that at least said something.
-
-        `known` are scores by candidates' indices. Raises `RewardUnavailableError` if the policy is `error`.
-        """
-        echoed = self.echoed(part)
-        judged = [Judged(candidate, invalid_reason(candidate, self.rules, echoed)) for candidate in candidates]
-        worth_scoring = [position for position, one in enumerate(judged) if one.invalid_reason is None]
-        none_valid = not worth_scoring
-        if none_valid:
-            worth_scoring = [
-                position for position, one in enumerate(judged)
-                if one.candidate.failure is None and (one.candidate.content or one.candidate.message.get("tool_calls"))
-            ]  # fmt: skip
-        if not worth_scoring:
-            return Verdict(tuple(judged), scored=True)
+    @contextlib.asynccontextmanager
+    async def hearing(self, part: PromptPart) -> AsyncIterator[Hearing]:
+        """Of one prompt's candidates. What is still being scored when the block ends is given up."""
+        echoed = part.text if self.strips_echo and part.text else ""
+        scorebook = Scorebook(self.scorer, part, echoed)
         try:
-            unknown = [one for position in worth_scoring if (one := candidates[position]).index not in known]
-            found = await self.score(part, unknown, deadline)
-        except (RewardError, TimeoutError) as error:
-            self._refuse(error)
-            return Verdict(tuple(judged), scored=False)
-        scores = dict(known) | {one.index: score for one, score in zip(unknown, found, strict=True)}
-        for position in worth_scoring:
-            judged[position] = replace(judged[position], score=scores[candidates[position].index])
-        return Verdict(tuple(judged), scored=True)
+            yield Hearing(self, scorebook, echoed)
+        finally:
+            await scorebook.aclose()
 
-    async def score(self, part: PromptPart, candidates: Sequence[Candidate], deadline: float | None) -> Sequence[Score]:
-        """One score a candidate, valid or not; identical ones are scored once. Raises `RewardError`, `TimeoutError`."""
-        if not candidates:
-            return []
-        if self.scorer is None:
-            raise RewardError("no reward model is configured")
-        echoed = self.echoed(part)
-        prints = [fingerprint(candidate) for candidate in candidates]
-        unique = dict(zip(prints, candidates, strict=True))
-        completions = [[candidate.completion(echoed)] for candidate in unique.values()]
-        async with asyncio.timeout_at(deadline):
-            scores = await self.scorer.score(part.messages, completions)
-        # No order holds among such rewards, and a model that gives one is not to be trusted with the others.
-        if not all(math.isfinite(score.reward) for score in scores):
-            raise RewardError("it gave a reward that is not finite")
-        score_of = dict(zip(unique, scores, strict=True))
-        return [score_of[print_] for print_ in prints]
-
-    def is_valid(self, part: PromptPart, candidate: Candidate) -> bool:
-        return invalid_reason(candidate, self.rules, self.echoed(part)) is None
-
-    def echoed(self, part: PromptPart) -> str:
-        """What each text begins with that is not its own."""
-        return part.text if self.strips_echo and part.text else ""
-
-    def _refuse(self, error: Exception) -> None:
+    def refuse(self, error: Exception) -> None:
         """Raises by policy `error`; otherwise the failure is logged and the answer marked unscored."""
         reason = "it was not done when the deadline passed" if isinstance(error, TimeoutError) else str(error)
         if self.scorer is not None:
@@ -107,3 +57,51 @@ class Judge:
             retry = error.retry_after_s if isinstance(error, QueueFullError) else 1.0
             message = f"The candidates could not be scored: {reason}"
             raise RewardUnavailableError(message, headers={"retry-after": f"{retry:g}"}) from error
+
+
+class Hearing:
+    """One prompt's candidates before their judge: each is looked at as it arrives, and judged with the others."""
+
+    def __init__(self, judge: Judge, scorebook: Scorebook, echoed: str) -> None:
+        self._judge = judge
+        self._reasons: dict[int, str | None] = {}
+        """Why candidates are invalid, by their indices: a schema is held against each once."""
+        self.scorebook = scorebook
+        self.echoed = echoed
+        """What each text begins with that is not its own."""
+
+    def is_valid(self, candidate: Candidate) -> bool:
+        return self._reason(candidate) is None
+
+    def arrived(self, candidate: Candidate) -> None:
+        """One that others are still waited for. If it is valid, its scoring begins."""
+        if self._judge.scorer is not None and self.is_valid(candidate):
+            self.scorebook.announce(candidate)
+
+    async def judge(self, candidates: Sequence[Candidate], deadline: float | None) -> Verdict:
+        """Scores the valid candidates, or, where none is, those that at least said something.
+
+        `deadline` is in the loop's time. Raises `RewardUnavailableError` if the policy is `error`.
+        """
+        judged = [Judged(candidate, self._reason(candidate)) for candidate in candidates]
+        worth_scoring = [position for position, one in enumerate(judged) if one.invalid_reason is None]
+        if not worth_scoring:
+            worth_scoring = [
+                position for position, one in enumerate(judged)
+                if one.candidate.failure is None and (one.candidate.content or one.candidate.message.get("tool_calls"))
+            ]  # fmt: skip
+        try:
+            scores = await self.scorebook.scores([candidates[position] for position in worth_scoring], deadline)
+        except (RewardError, TimeoutError) as error:
+            self._judge.refuse(error)
+            return Verdict(tuple(judged), scored=False)
+        for position, score in zip(worth_scoring, scores, strict=True):
+            judged[position] = replace(judged[position], score=score)
+        return Verdict(tuple(judged), scored=True)
+
+    def _reason(self, candidate: Candidate) -> str | None:
+        if candidate.failure is not None:
+            return candidate.failure.message
+        if candidate.index not in self._reasons:
+            self._reasons[candidate.index] = invalid_reason(candidate, self._judge.rules, self.echoed)
+        return self._reasons[candidate.index]

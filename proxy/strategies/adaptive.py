@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from proxy.drawing import Job
 from proxy.prompts import PromptPart
-from proxy.strategies.contest import Contest, Terms
+from proxy.strategies.contest import Contest, Terms, opened
 from proxy.strategies.outcome import Outcome
 from proxy.strategies.stopping import next_wave
 
 
 async def run(terms: Terms, part: PromptPart, job: Job) -> Outcome:
     """Raises `UpstreamFailedError`, `DeadlineError`, `RewardUnavailableError`."""
-    contest = Contest("adaptive", terms, part, job)
     wave_size = terms.route.wave_size
-    # No fewer than the answer needs.
-    count = min(max(wave_size, contest.least), terms.ask.best_of)
-    while count > 0:
-        await contest.draw(count)
-        count = _next(contest, wave_size)
-    contest.require_answers()
-    await contest.draw_until_accepted(wave_size)
-    return await contest.settle()
+    async with opened("adaptive", terms, part, job) as contest:
+        # No fewer than the answer needs.
+        count = min(max(wave_size, contest.least), terms.ask.best_of)
+        while count > 0:
+            await contest.draw(count)
+            count = _next(contest, wave_size)
+        contest.require_answers()
+        await contest.draw_until_accepted(wave_size)
+        return await contest.settle()
 
 
 def _next(contest: Contest, wave_size: int) -> int:

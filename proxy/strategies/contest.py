@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy.broadcast import Broadcast
-from proxy.candidates import Call, Candidate, Draw, Judged
+from proxy.candidates import Call, Draw, Judged
 from proxy.config import OnReject, RouteSettings
 from proxy.drawing import Drawer, Job
-from proxy.judging import Judge
+from proxy.judging import Hearing, Judge
 from proxy.patience import Patience
 from proxy.prompts import PromptPart
 from proxy.request import Ask
@@ -44,13 +45,20 @@ class Terms:
     """Where a winner can go while it is being written; None if all has to be known first."""
 
 
+@contextlib.asynccontextmanager
+async def opened(strategy: StrategyName, terms: Terms, part: PromptPart, job: Job) -> AsyncIterator[Contest]:
+    """A contest; what it left under way is ended with the block."""
+    async with terms.judge.hearing(part) as hearing:
+        yield Contest(strategy, terms, hearing, job)
+
+
 @dataclass(slots=True)
 class Contest:
     """The candidates of one prompt so far. A strategy draws into it and settles it."""
 
     strategy: StrategyName
     terms: Terms
-    part: PromptPart
+    hearing: Hearing
     job: Job
     judged: list[Judged] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -153,14 +161,16 @@ class Contest:
             straggler_factor=route.straggler_factor,
             straggler_min_s=route.straggler_min_s,
             least=self.least - self.num_answered,
-            is_good=self._is_good,
+            is_good=self.hearing.is_valid,
             learnt_factor=route.straggler_learnt_factor,
             durations=self.terms.durations,
         )
 
     async def _round(self, job: Job, count: int) -> Sequence[Judged]:
-        draw = await self.terms.drawer.draw(job, count, len(self.judged), self.drawing_deadline, self.patience(count))
-        verdict = await self.terms.judge.judge(self.part, draw.candidates, self.deadline)
+        hearing, first_index, deadline = self.hearing, len(self.judged), self.drawing_deadline
+        patience = self.patience(count)
+        draw = await self.terms.drawer.draw(job, count, first_index, deadline, patience, hearing.arrived)
+        verdict = await hearing.judge(draw.candidates, self.deadline)
         self.add(draw, verdict.judged, scored=verdict.scored)
         return verdict.judged
 
@@ -173,9 +183,6 @@ class Contest:
         if not selection.order:
             return rejected
         return Selection(tuple(before + position for position in selection.order), selection.accepted)
-
-    def _is_good(self, candidate: Candidate) -> bool:
-        return self.terms.judge.is_valid(self.part, candidate)
 
     def _may_draw_more(self) -> bool:
         if self.terms.min_reward is None or len(self.judged) >= self.terms.ask.max_candidates:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -18,31 +19,30 @@ from proxy.drafts import Draft
 from proxy.drawing import DEADLINE_PASSED, NOT_WAITED_FOR, Job, bodies_of
 from proxy.errors import WinnerLostError
 from proxy.prompts import PromptPart
-from proxy.strategies.contest import Contest, Terms
+from proxy.strategies.contest import Contest, Terms, opened
 from proxy.strategies.outcome import Outcome
 from proxy.strategies.pruning import beginning, survivors
 from proxy.validity import Rules
 from reward.errors import RewardError
-from reward.scorer import Score
 
 _log = logging.getLogger(__name__)
 
 
 async def run(terms: Terms, part: PromptPart, job: Job) -> Outcome:
     """Raises `UpstreamFailedError`, `DeadlineError`, `RewardUnavailableError`, `WinnerLostError`."""
-    contest = Contest("speculative", terms, part, job)
-    race = _Race(contest, replace(job, stream=True))
-    await race.run()
-    draw = race.result()
-    verdict = await terms.judge.judge(part, draw.candidates, race.judging_deadline, race.scores)
-    contest.add(draw, verdict.judged, scored=verdict.scored)
-    if race.live is not None:
-        return await contest.settle(chosen=_unbroken(contest, race.live))
-    if contest.num_answered == 0 and race.num_pruned and not contest.drawing_is_over:
-        await contest.draw(contest.least)  # The last ones left broke off, and it was we who ended the others.
-    contest.require_answers()
-    await contest.draw_until_accepted(terms.ask.best_of)
-    return await contest.settle()
+    async with opened("speculative", terms, part, job) as contest:
+        race = _Race(contest, replace(job, stream=True))
+        await race.run()
+        draw = race.result()
+        verdict = await contest.hearing.judge(draw.candidates, race.judging_deadline)
+        contest.add(draw, verdict.judged, scored=verdict.scored)
+        if race.live is not None:
+            return await contest.settle(chosen=_unbroken(contest, race.live))
+        if contest.num_answered == 0 and race.num_pruned and not contest.drawing_is_over:
+            await contest.draw(contest.least)  # The last ones left broke off, and it was we who ended the others.
+        contest.require_answers()
+        await contest.draw_until_accepted(terms.ask.best_of)
+        return await contest.settle()
 
 
 def _unbroken(contest: Contest, position: int) -> int:
@@ -61,7 +61,7 @@ class _Race:
         self._job = job
         # Written before anything starts: what cannot be written is the request's fault, not a candidate's.
         self._bodies = bodies_of(job, contest.terms.ask.best_of)
-        self._echo = contest.terms.judge.echoed(contest.part)
+        self._echo = contest.hearing.echoed
         count = contest.terms.ask.best_of
         self._drafts = [Draft(position, partial(self._grew, position)) for position in range(count)]
         self._done: dict[int, Candidate] = {}
@@ -75,8 +75,6 @@ class _Race:
         self._straggling: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
-        self.scores: dict[int, Score] = {}
-        """Of answers that have ended, by index."""
         self.live: int | None = None
         """The one that is relayed as it is written."""
 
@@ -117,6 +115,7 @@ class _Race:
         body = self._bodies[draft.index]
         one = await self._terms.drawer.draw_one(self._job, body, draft, self._contest.drawing_deadline)
         self._done[draft.index] = one
+        self._contest.hearing.arrived(one)
         if one.failure is None:
             self._patience.learn(self._loop.time() - self._started_at)
         elif draft.index in self._contenders and self.live is None:
@@ -175,19 +174,15 @@ class _Race:
     async def _rewards(self, length: int) -> dict[int, float] | None:
         """By contender: of an ended answer its own, of an open one that of its beginning; None without a scorer."""
         texts = {position: self._seen(position, length) for position in self._contenders}
-        whole = self._done.keys() & texts.keys()  # looked at now: others may end while beginnings are scored
-        unknown = [position for position in texts if texts[position] is not None and position not in self.scores]
-        seen = [one for position in unknown if (one := texts[position]) is not None]
+        seen = {position: text for position, text in texts.items() if text is not None}
         try:
-            scores = await self._terms.judge.score(self._contest.part, seen, self._contest.deadline)
+            scores = await self._contest.hearing.scorebook.scores(list(seen.values()), self._contest.deadline)
         except (RewardError, TimeoutError) as error:
             _log.warning("Beginnings cannot be compared, so that all answers are awaited: %s", error)
             return None
-        found = dict(zip(unknown, scores, strict=True))
-        self.scores |= {position: score for position, score in found.items() if position in whole}
+        rewards = {position: score.reward for position, score in zip(seen, scores, strict=True)}
         # What has said nothing while the others wrote comes last; what failed meanwhile is no contender any more.
-        known = self.scores | found
-        return {at: known[at].reward if at in known else float("-inf") for at in texts if at in self._contenders}
+        return {position: rewards.get(position, -math.inf) for position in texts if position in self._contenders}
 
     def _seen(self, position: int, length: int) -> Candidate | None:
         """What is there to score of one contender; None if it is nothing."""
@@ -235,7 +230,7 @@ class _Race:
         self._news.set()
 
     def _is_valid(self, position: int) -> bool:
-        return self._terms.judge.is_valid(self._contest.part, self._done[position])
+        return self._contest.hearing.is_valid(self._done[position])
 
     @property
     def _may_go_live(self) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from feedback.records import Message, Messages
 from reward.scorer import Score, TemplatedText
+
+_WAIT_S = 20
 
 
 class FakeScorer:
@@ -24,6 +27,8 @@ class FakeScorer:
         """What several heads say of every text, for a fake that has such."""
         self.before: Callable[[], None] | None = None
         """Called, on a thread of its own, before anything is scored."""
+        self._num_scored = 0
+        self._changed = threading.Condition()
 
     async def start(self) -> None:
         self.ready = True
@@ -34,7 +39,16 @@ class FakeScorer:
             await asyncio.to_thread(self.before)
         if self.failure is not None:
             raise self.failure
-        return [self._score(completion[-1]) for completion in completions]
+        scores = [self._score(completion[-1]) for completion in completions]
+        with self._changed:
+            self._num_scored += len(scores)
+            self._changed.notify_all()
+        return scores
+
+    def wait_for(self, count: int) -> None:
+        """Until so many completions have been scored; for other threads than the scorer's."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._num_scored >= count, _WAIT_S), f"scored {self._num_scored}"
 
     async def score_texts(self, texts: Sequence[TemplatedText]) -> list[Score]:
         messages: list[Message] = [{"role": "assistant", "content": one.text} for one in texts]

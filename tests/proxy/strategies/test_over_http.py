@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -88,6 +89,21 @@ def held_after(*numbers: int) -> Any:
         return Reply(texts=("bad", "good", "so", "so"), hold=received.number in numbers)
 
     return script
+
+
+@pytest.mark.parametrize("strategy", ["best_of_n", "adaptive", "speculative"])
+def test_candidates_are_scored_while_another_is_still_written(start_proxy: StartProxy, strategy: str) -> None:
+    proxy = start_proxy(upstream={"n_mode": "parallel"}, route={"prune_lag_s": 60})
+    proxy.upstream.script = held_after(3)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, proxy, extra_body={"winnow": {"strategy": strategy}})
+        proxy.scorer.wait_for(3)
+        assert not asked.done()
+        proxy.upstream.release()
+        raw = asked.result()
+    assert text_of(raw, False) == "good"
+    assert raw.headers["x-winnow-candidates"] == "s=4;f=0;i=0"
+    assert sum(len(completions) for _, completions in proxy.scorer.scored) == 3, "two say the same"
 
 
 @pytest.mark.parametrize("stream", [False, True])
