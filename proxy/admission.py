@@ -36,51 +36,87 @@ class Gate:
 
 
 class Admission:
-    """Counts requests being worked on and refuses one too many, before any work."""
+    """Counts requests being worked on, and what their bodies hold, and refuses what is too much before any work."""
 
-    def __init__(self, max_in_flight: int, metrics: ProxyMetrics) -> None:
-        self.max_in_flight = max_in_flight
+    def __init__(self, settings: ServerSettings, metrics: ProxyMetrics) -> None:
+        self.settings = settings
         self._metrics = metrics
         self._in_flight = 0
+        self._body_bytes = 0
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds a place. Raises `OverloadedError`."""
-        if self._in_flight >= self.max_in_flight:
+    def admit(self) -> Iterator[Place]:
+        """Holds a place, and what is read by it, until the request's end. Raises `OverloadedError`."""
+        if self._in_flight >= self.settings.max_in_flight:
             raise OverloadedError(
                 f"The server is working on {self._in_flight} requests, as many as it takes. Try again later",
                 headers={"retry-after": str(RETRY_AFTER_S)},
             )
         self._in_flight += 1
         self._metrics.in_flight.set(self._in_flight)
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
+            self._body_bytes -= place.body_bytes
             self._in_flight -= 1
             self._metrics.in_flight.set(self._in_flight)
 
+    def hold(self, size: int, place: Place) -> None:
+        """Counts so many more bytes of the place's body. Raises `OverloadedError`."""
+        self.check(size, place)
+        self._body_bytes += size
+        place.body_bytes += size
 
-async def read_body(receive: Receive, max_bytes: int, headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """The whole request body. Raises `BodyTooLargeError`, `ClientGoneError`.
+    def check(self, size: int, place: Place) -> None:
+        """Whether so many more bytes may come. Alone, a body may be as large as any. Raises `OverloadedError`."""
+        others = self._body_bytes - place.body_bytes
+        if others and self._body_bytes + size > self.settings.max_buffered_body_bytes:
+            raise OverloadedError(
+                f"The bodies of running requests hold {self._body_bytes} bytes, and may hold "
+                f"{self.settings.max_buffered_body_bytes} together. Try again later",
+                code="max_buffered_body_bytes",
+                # The rest is not read, so the connection cannot serve another request.
+                headers={"retry-after": str(RETRY_AFTER_S), "connection": "close"},
+            )
 
-    `headers` (lower-case names) may announce a body that is too large: then none of it is read.
-    """
-    announced = headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    pieces: list[bytes] = []
-    size = 0
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+class Place:
+    """One request's, among those being worked on."""
+
+    __slots__ = ("_admission", "body_bytes")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.body_bytes = 0
+        """Read so far, and in memory."""
+
+    async def read_body(self, receive: Receive, headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
+        """The whole request body. Raises `BodyTooLargeError`, `OverloadedError`, `ClientGoneError`.
+
+        `headers` (lower-case names) may announce a body that is too large: then none of it is read. What is announced
+        counts only as it comes, or a few clients that send nothing would keep all others out.
+        """
+        max_bytes = self._admission.settings.max_body_bytes
+        announced = headers.get("content-length", "")
+        if announced.isdecimal():
+            size = int(announced[:20])
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            self._admission.check(size, self)
+        pieces: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            piece = message.get("body", b"")
+            if self.body_bytes + len(piece) > max_bytes:
+                raise _too_large(max_bytes)
+            self._admission.hold(len(piece), self)
+            pieces.append(piece)
+            more = message.get("more_body", False)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:

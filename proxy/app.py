@@ -139,7 +139,7 @@ def build_gateway(
         ),
         upstreams=parts.upstreams,
         scorers=parts.scorers,
-        admission=before.admission if before is not None else Admission(settings.server.max_in_flight, metrics),
+        admission=before.admission if before is not None else Admission(settings.server, metrics),
         metrics=metrics,
         keys=keys,
         page_guard=_page_guard(settings, keys),

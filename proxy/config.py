@@ -51,6 +51,10 @@ class ServerSettings(Section):
     """Requests worked on at once; one more is answered 429 with `retry-after`."""
     max_body_bytes: int = Field(default=50 * 1024 * 1024, ge=1024)
     """Largest request body of the generating endpoints. Other paths are streamed and have no limit of ours."""
+    max_buffered_body_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    """What the bodies of all requests being worked on may hold together; a body that would go over it is answered 429
+    with `retry-after`. One that is alone may always be `max_body_bytes` large. Parsed, a body takes some times as much
+    memory."""
     max_json_depth: int = Field(default=64, ge=4, le=250)
     """Deepest nesting of objects and lists in a body that is read here."""
     max_json_values: int = Field(default=200_000, ge=1000)

@@ -10,7 +10,7 @@ ProxyError
 ├── BodyTooLargeError      413  the body is over `server.max_body_bytes`
 ├── RejectedError          422  no candidate reached `min_reward` and `on_reject` is `error`
 ├── HeadersTooLargeError   431  over `server.max_header_bytes` or `server.max_headers`
-├── OverloadedError        429  over `server.max_in_flight`; carries `retry-after`
+├── OverloadedError        429  over `server.max_in_flight` or `max_buffered_body_bytes`; carries `retry-after`
 ├── QuotaError             429  over one of the key's limits; carries `retry-after`
 ├── InternalError          500  a bug of ours; details go to the log only
 ├── UpstreamFailedError    any  every candidate failed: the upstream's own status, body and `retry-after`

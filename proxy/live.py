@@ -71,7 +71,7 @@ class Live:
         new = _Generation(gateway)
         await self._open(new)
         before, self._current = self._current, new
-        gateway.admission.max_in_flight = gateway.settings.server.max_in_flight
+        gateway.admission.settings = gateway.settings.server
         gateway.joining.max_lingering = gateway.settings.server.max_lingering
         before.replaced = True
         before.settle()

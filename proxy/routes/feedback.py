@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from feedback.judgements import CandidateSet, Judgement, StoredJudgement, StoreError
-from proxy.admission import client_left, read_body, while_client_waits
-from proxy.errors import BadRequestError, FeedbackUnavailableError, MethodNotAllowedError, NotFoundError
+from proxy.admission import client_left, while_client_waits
+from proxy.errors import BadRequestError, FeedbackUnavailableError, NotFoundError
 from proxy.exchange import exchange_of
-from proxy.headers import raw, request_headers
+from proxy.headers import raw
 from proxy.metrics import ProxyMetrics
 from proxy.recorder import Recorder
-from proxy.request import check, parse_object
+from proxy.request import check
+from proxy.routes.posted import posted_object
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +43,9 @@ class FeedbackRequest(BaseModel):
 
 async def feedback(scope: Scope, receive: Receive, send: Send) -> None:
     """An ASGI application."""
-    if scope["method"] != "POST":
-        raise MethodNotAllowedError(f"Method Not Allowed: {scope['method']} {PATH}")
     gateway = exchange_of(scope).gateway
-    with gateway.admission.admit():
-        server = gateway.settings.server
-        body = await read_body(receive, server.max_body_bytes, request_headers(scope))
-        request = check(FeedbackRequest, parse_object(body, server.json_limits))
+    async with posted_object(scope, receive) as body:
+        request = check(FeedbackRequest, body)
         if all(getattr(request, name) is None for name in _JUDGEMENTS):
             raise BadRequestError(f"Says nothing of the completion: give one of {', '.join(_JUDGEMENTS)}")
         if gateway.recorder is None:

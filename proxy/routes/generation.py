@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import response
 from proxy.accounting import account, account_relayed, account_unfinished, winner_tokens
-from proxy.admission import client_left, read_body, while_client_waits
+from proxy.admission import client_left, while_client_waits
 from proxy.broadcast import Broadcast
 from proxy.candidate_sets import candidate_sets
 from proxy.candidates import ENDPOINT_PATHS, Call, CallEnd, Endpoint
@@ -56,8 +56,8 @@ class GenerationEndpoint:
         exchange = exchange_of(scope)
         gateway = exchange.gateway
         headers = exchange.headers
-        with gateway.admission.admit():
-            raw_body = await read_body(receive, gateway.settings.server.max_body_bytes, headers)
+        with gateway.admission.admit() as place:
+            raw_body = await place.read_body(receive, headers)
             body = parse_object(raw_body, gateway.settings.server.json_limits)
             route, model = gateway.routing.resolve(requested_model(body))
             exchange.facts.route = route.name

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from feedback.records import Messages, RecordError, parse_messages
-from proxy.admission import client_left, read_body, while_client_waits
-from proxy.errors import BadRequestError, MethodNotAllowedError, OverloadedError, RewardUnavailableError
+from proxy.admission import client_left, while_client_waits
+from proxy.errors import BadRequestError, OverloadedError, RewardUnavailableError
 from proxy.exchange import exchange_of
-from proxy.headers import raw, request_headers
-from proxy.request import check, parse_object
+from proxy.headers import raw
+from proxy.request import check
+from proxy.routes.posted import posted_object
 from reward.errors import InputError, QueueFullError, RewardError
 from reward.scorer import Score, Scorer
 
@@ -36,14 +37,9 @@ class ScoreRequest(BaseModel):
 
 async def score(scope: Scope, receive: Receive, send: Send) -> None:
     """An ASGI application."""
-    if scope["method"] != "POST":
-        # Ours alone: the upstream, to which unknown paths go, could only be confused by it.
-        raise MethodNotAllowedError(f"Method Not Allowed: {scope['method']} {PATH}")
     gateway = exchange_of(scope).gateway
-    with gateway.admission.admit():
-        server = gateway.settings.server
-        body = await read_body(receive, server.max_body_bytes, request_headers(scope))
-        request = check(ScoreRequest, parse_object(body, server.json_limits))
+    async with posted_object(scope, receive) as body:
+        request = check(ScoreRequest, body)
         scorer = gateway.scorer(request.reward_model, "reward_model", gateway.routing.default.scorer)
         if scorer is None:
             raise RewardUnavailableError("No reward model is configured on this server")

@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from proxy.admission import client_left, read_body, while_client_waits
-from proxy.errors import MethodNotAllowedError, RewardUnavailableError
+from proxy.admission import client_left, while_client_waits
+from proxy.errors import RewardUnavailableError
 from proxy.exchange import exchange_of
-from proxy.headers import raw, request_headers
-from proxy.request import parse_object
+from proxy.headers import raw
 from proxy.routes.models import send_list
+from proxy.routes.posted import posted_object
 from proxy.routes.score import scoring_errors
 from reward.protocols import READERS, Asked, Conversation
 from reward.scorer import Score, Scorer, TemplatedText
@@ -24,12 +24,8 @@ PATHS = frozenset(READERS)
 
 async def scoring(scope: Scope, receive: Receive, send: Send) -> None:
     """An ASGI application for all of `PATHS`."""
-    if scope["method"] != "POST":
-        raise MethodNotAllowedError(f"Method Not Allowed: {scope['method']} {scope['path']}")
     gateway = exchange_of(scope).gateway
-    with gateway.admission.admit():
-        server = gateway.settings.server
-        body = parse_object(await read_body(receive, server.max_body_bytes, request_headers(scope)), server.json_limits)
+    async with posted_object(scope, receive) as body:
         with scoring_errors():
             asked = READERS[scope["path"]](body)
         scorer = _scorer(gateway.scorers, gateway.routing.default.scorer, body)

@@ -204,6 +204,29 @@ class TestLeaving:
         assert min(elapsed) < 0.1
 
 
+def test_what_bodies_hold_together_is_bounded(start_proxy: StartProxy) -> None:
+    proxy = start_proxy(server={"max_buffered_body_bytes": 4096, "max_body_bytes": 8192}, route={"best_of": 1})
+    proxy.upstream.script = lambda received: Reply(hold=received.number == 0)
+    raw = json.dumps({"model": "m", "messages": MESSAGES, "pad": "x" * 3000}).encode()
+    url = f"{proxy.url}/v1/chat/completions"
+
+    def in_pieces() -> Iterator[bytes]:
+        yield raw[:2000]
+        yield raw[2000:]
+
+    with opened(proxy, {"pad": "x" * 3000}), httpx2.Client(timeout=20) as client:
+        proxy.upstream.wait_for(lambda upstream: len(upstream.received) == 1)
+        for body in (raw, in_pieces()):
+            answer = client.post(url, content=body)
+            assert answer.status_code == 429
+            assert answer.json()["error"]["code"] == "max_buffered_body_bytes"
+            assert answer.headers["retry-after"] == "1"
+        assert client.post(url, json={"model": "m", "messages": MESSAGES}).status_code == 200, "small ones go on"
+        assert client.get(f"{proxy.url}/healthz").status_code == 200
+    proxy.upstream.wait_for(lambda upstream: upstream.cancelled == 1)
+    assert httpx2.post(url, content=in_pieces(), timeout=20).status_code == 200
+
+
 def opened(proxy: RunningProxy, body: dict[str, Any]) -> socket.socket:
     """A bare connection with a request on it; closing it is leaving."""
     host, port = proxy.url.removeprefix("http://").split(":")
