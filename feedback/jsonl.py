@@ -46,6 +46,13 @@ def read_records(
 
     With `skipped`, bad records are counted there; without it the first raises `DataError`.
     """
+    return (record for _, record in located_records(paths, parse, skipped))
+
+
+def located_records(
+    paths: Sequence[Path], parse: Callable[[Mapping[str, Any]], RecordT], skipped: Skipped | None = None
+) -> Iterator[tuple[str, RecordT]]:
+    """As `read_records`, each record with its place, `file:line`: for what is found out about it later."""
     for path in paths:
         for line, record in _objects(path):
             try:
@@ -56,7 +63,7 @@ def read_records(
                     raise RecordError("record", f"cannot be decoded: {record}")
                 if not isinstance(record, Mapping):
                     raise RecordError("record", "must be a JSON object")
-                yield parse(record)
+                yield f"{path}:{line}", parse(record)
             except RecordError as error:
                 problem = f"{path}:{line}: {error}"
                 if skipped is None:

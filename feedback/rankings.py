@@ -49,6 +49,12 @@ def ranking_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     ]
 
 
+def ranks_of(rewards: Sequence[float]) -> list[int]:
+    """The ranks that these rewards give: the highest is 1, equal ones share theirs, none is left out between."""
+    places = {reward: rank for rank, reward in enumerate(sorted(set(rewards), reverse=True), start=1)}
+    return [places[reward] for reward in rewards]
+
+
 def group_comparisons(records: Iterable[Preference | Ranking], default_source: str = "data") -> list[ComparisonGroup]:
     """Preferences and rankings gathered by source and prompt, in order of first appearance.
 

@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "ask": ("winnow.commands.ask", "ask", "One question through a running proxy, every candidate with its reward."),
     "config": ("winnow.commands.config", "app", "The proxy's configuration: check it."),
     "demo": ("winnow.commands.demo", "demo", "Start the proxy on embedded models and put one question through it."),
+    "sample": ("winnow.commands.sample", "sample", "Draw K completions a prompt from any model, ready to rank."),
     "score": ("winnow.commands.score", "score", "Score completions with a reward model."),
     "reward": ("winnow.commands.reward", "app", "Reward models: serve and evaluate them."),
     "train": ("winnow.commands.train", "app", "Train models from human data."),

@@ -60,7 +60,7 @@ def score(
     except DataError as error:
         raise CommandError(str(error)) from error
     model = load_model(reward_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scored = _scored(model, records, max_batch_tokens)
+    scored = scored_records(model, records, max_batch_tokens)
     if skipped.count:
         progress_console().print(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
     if output is not None:
@@ -88,7 +88,10 @@ def _input(file: Path | None) -> Iterator[Path]:
         yield path
 
 
-def _scored(model: RewardModel, records: list[Completions], max_batch_tokens: int | None) -> list[dict[str, Any]]:
+def scored_records(
+    model: RewardModel, records: Sequence[Completions], max_batch_tokens: int | None
+) -> list[dict[str, Any]]:
+    """Records of the kind `scored`, each completion with its reward. Raises `CommandError`."""
     try:
         items = [
             item
@@ -131,7 +134,7 @@ def _of_heads(scores: Sequence[Score]) -> dict[str, Any]:
     return found
 
 
-def _show(records: list[Completions], scored: list[dict[str, Any]]) -> None:
+def _show(records: Sequence[Completions], scored: list[dict[str, Any]]) -> None:
     has_std = bool(scored) and "stds" in scored[0]
     objectives: list[str] = list(scored[0].get("objectives", ())) if scored else []
     rows = []
