@@ -13,7 +13,7 @@ _Answer = TypeVar("_Answer")
 
 _ELSEWHERE_STATUS = (402, 408, 429)
 _ELSEWHERE_REASONS = frozenset({
-    "connect", "timeout", "broken", "malformed", "error", "authentication", "circuit_open", "busy",
+    "connect", "timeout", "broken", "malformed", "encoding", "error", "authentication", "circuit_open", "busy",
 })  # fmt: skip
 
 

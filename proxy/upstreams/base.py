@@ -15,8 +15,9 @@ from typing import Protocol
 class UpstreamError(Exception):
     """No whole answer came. The message is for people, clients among them.
 
-    `reason` is one of `connect`, `timeout`, `broken`, `too_large`, `authentication` (the upstream refused the key that
-    the proxy itself holds), `circuit_open` and `busy` (nothing was sent), `closed`.
+    `reason` is one of `connect`, `timeout`, `broken`, `too_large`, `encoding` (packed in a way that we cannot undo),
+    `authentication` (the upstream refused the key that the proxy itself holds), `circuit_open` and `busy` (nothing was
+    sent), `closed`.
     An answer with an error status is not this; it is an `UpstreamResponse` like any other.
     """
 

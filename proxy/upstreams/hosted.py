@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import aiohttp
+from aiohttp.http_exceptions import ContentEncodingError
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -29,6 +30,8 @@ _READY_TTL_S = 5.0
 """Probes come every few seconds from every replica: the upstream need not answer each of them."""
 _MAX_ERROR_BYTES = 1024 * 1024
 """An error's body is read whole before anyone sees its status; of a longer one the rest is dropped."""
+_UNPACKED = ("gzip", "deflate", "br", "zstd")
+"""Encodings that aiohttp undoes, the last two where their libraries are there; it refuses what it cannot undo."""
 _NOT_OF_THE_BODY_WE_SEND = ("content-length", "content-encoding", "transfer-encoding")
 
 
@@ -74,17 +77,21 @@ class HostedUpstream:
                 answer = await self._session.request(
                     call.method, url, data=call.body, headers=self._headers(call.headers), allow_redirects=False
                 )
-        packed = answer.headers.get("content-encoding", "identity") != "identity"
-        max_bytes = self._settings.max_answer_bytes if call.limited or packed else None
+        encoding = answer.headers.get("content-encoding", "").lower() or "identity"
+        max_bytes = self._settings.max_answer_bytes if call.limited or encoding != "identity" else None
         response = _HostedResponse(answer, patience, max_bytes, self._key_bytes)
-        if response.status < 400 or call.method == "HEAD":
-            return response
-        return await self._error(response)
+        readable = encoding == "identity" or encoding in _UNPACKED
+        if response.status >= 400 and call.method != "HEAD":
+            return await self._error(response, readable=readable)
+        if not readable and call.method != "HEAD":
+            await response.aclose()
+            raise patience.unreadable(f"content-encoding {encoding[:40]!r}")
+        return response
 
-    async def _error(self, response: _HostedResponse) -> UpstreamResponse:
+    async def _error(self, response: _HostedResponse, *, readable: bool) -> UpstreamResponse:
         """An error answer, whole and fit for clients. Raises `UpstreamError` where its cause is a key of ours."""
         try:
-            body = await response.beginning(_MAX_ERROR_BYTES)
+            body = await response.beginning(_MAX_ERROR_BYTES) if readable else b""
         finally:
             await response.aclose()
         if self._key is not None and response.status in (401, 403):
@@ -251,11 +258,26 @@ class _Patience:
             case TimeoutError():
                 message = f"The upstream {name} timed out: no {self._awaited} within {self._timeout_s:g} s"
                 raise UpstreamError("timeout", message) from error
+            case aiohttp.ClientResponseError() if _is_of_packing(error):
+                raise self.unreadable(error.message.strip()) from error
             case aiohttp.ClientConnectorError():
                 raise UpstreamError("connect", f"The upstream {name} cannot be reached") from error
             case aiohttp.ClientError() | ConnectionError():
                 raise UpstreamError("broken", f"The upstream {name} broke off its answer") from error
 
+    def unreadable(self, why: str) -> UpstreamError:
+        message = f"The upstream {self.upstream} packed its answer, unasked, in a way that cannot be read here"
+        return UpstreamError("encoding", f"{message} ({why}). winnow[encodings] reads br and zstd")
+
     def _too_long(self) -> UpstreamError:
         whole = f"no whole answer within {self.settings.total_timeout_s:g} s"
         return UpstreamError("timeout", f"The upstream {self.upstream} timed out: {whole}")
+
+
+def _is_of_packing(error: BaseException | None) -> bool:
+    """It began with an encoding that aiohttp does not know, or has no library for."""
+    while error is not None:
+        if isinstance(error, ContentEncodingError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

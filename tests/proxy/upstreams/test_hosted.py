@@ -6,7 +6,9 @@ import gzip
 import resource
 import zlib
 
+import brotli
 import pytest
+from backports import zstd
 
 from proxy.config import UpstreamSettings
 from proxy.upstreams.base import UpstreamCall, UpstreamError
@@ -20,12 +22,17 @@ BOMB_MIB = 512
 
 def packed(encoding: str) -> bytes:
     """Much of nothing, in little."""
-    packer = zlib.compressobj(9, wbits=31 if encoding == "gzip" else 15)
+    if encoding == "br":
+        brotli_packer = brotli.Compressor(quality=1)
+        return b"".join([brotli_packer.process(bytes(MIB)) for _ in range(BOMB_MIB)]) + brotli_packer.finish()
+    packer = (
+        zstd.ZstdCompressor() if encoding == "zstd" else zlib.compressobj(9, wbits=31 if encoding == "gzip" else 15)
+    )
     return b"".join([packer.compress(bytes(MIB)) for _ in range(BOMB_MIB)]) + packer.flush()
 
 
 @pytest.mark.parametrize("limited", [True, False])
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])
 async def test_a_bomb_is_cut(encoding: str, limited: bool) -> None:
     """Also where uncompressed answers have no limit: a small body must not become a huge one here."""
     upstream = FaultyUpstream()
@@ -45,26 +52,40 @@ async def test_a_bomb_is_cut(encoding: str, limited: bool) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "made-up"])
-async def test_what_cannot_be_unpacked_is_never_taken_for_text(encoding: str) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_what_cannot_be_unpacked_is_never_taken_for_text(
+    encoding: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp.http_parser.HAS_BROTLI", False)
+    monkeypatch.setattr("aiohttp.http_parser.HAS_ZSTD", False)
     upstream = FaultyUpstream()
     upstream.script = lambda asked: faulty.whole(b"\x00\x01\x02\x03" * 8, content_encoding=encoding)
     async with upstream.serving() as url:
         hosted = HostedUpstream(UpstreamSettings(url=url))
         await hosted.open()
-        try:
-            response = await hosted.send(UpstreamCall("GET", "/models"))
-            assert await response.read() == b"\x00\x01\x02\x03" * 8  # An encoding that nobody knows stays as it is.
-            assert encoding == "made-up"
-            await response.aclose()
-        except UpstreamError as error:
-            assert error.reason == "broken"
-            assert encoding != "made-up"
+        with pytest.raises(UpstreamError, match=f"{encoding}.*winnow.encodings. reads br and zstd") as caught:
+            await hosted.send(UpstreamCall(method, "/models", limited=False))
+        assert caught.value.reason == "encoding"
         await hosted.aclose()
 
 
-async def test_packed_answers_are_asked_for_by_nobody_and_read_all_the_same() -> None:
+async def test_an_error_that_cannot_be_unpacked_is_still_that_error() -> None:
     upstream = FaultyUpstream()
-    upstream.script = lambda asked: faulty.whole(gzip.compress(b'{"a": 1}'), content_encoding="gzip")
+    upstream.script = lambda asked: faulty.whole_with(429, b"\x00\x01", content_encoding="made-up")
+    async with upstream.serving() as url:
+        hosted = HostedUpstream(UpstreamSettings(url=url))
+        await hosted.open()
+        response = await hosted.send(UpstreamCall("POST", "/chat/completions", b"{}"))
+        assert (response.status, await response.read()) == (429, b"")
+        assert "content-encoding" not in response.headers
+        await hosted.aclose()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
+async def test_packed_answers_are_asked_for_by_nobody_and_read_all_the_same(encoding: str) -> None:
+    pack = {"gzip": gzip.compress, "br": brotli.compress, "zstd": zstd.compress}[encoding]
+    upstream = FaultyUpstream()
+    upstream.script = lambda asked: faulty.whole(pack(b'{"a": 1}'), content_encoding=encoding)
     async with upstream.serving() as url:
         hosted = HostedUpstream(UpstreamSettings(url=url))
         await hosted.open()
