@@ -207,6 +207,11 @@ class RewardSettings(Section):
     aggregate: Aggregate | None = None
     """Of a reward model in this process that has several heads: `mean`, `worst` (the lowest) or `mean_less_std` of
     their rewards; unset, as the model says itself."""
+    floors: dict[str, RewardFloor] | None = None
+    """Of a reward model in this process with several objectives: the least reward for an objective, or a percentile of
+    its references. Whatever misses one stands below all that miss none. Unset, as the model says itself."""
+    objective_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """The same: what counts how much in the mean that is wanted high."""
     shared_prefix: SharingMode = "auto"
     """`auto`: the prompt is encoded once for all completions of a request, where the model allows it and it pays.
     `off`: every completion is scored with a prompt of its own."""

@@ -16,6 +16,7 @@ from reward.batching import BatchingOptions, BatchingWorker
 from reward.errors import InputError, ScoringError
 from reward.manifest import Aggregate
 from reward.metrics import ScoreMetrics
+from reward.objectives import ObjectiveChoice
 from reward.rendering import Rendered
 from reward.scorer import RawScore, Score, TemplatedText
 from reward.shared_prefix import SharingOptions
@@ -44,11 +45,12 @@ class LocalScorer:
         metrics: ScoreMetrics | None = None,
         trust_remote_code: bool = False,
         aggregate: Aggregate | None = None,
+        objectives: ObjectiveChoice | None = None,
         turns: threading.Lock | None = None,
         sharing: SharingOptions | None = None,
     ) -> None:
         """`source`: a folder, a hub id or `default`; `name`: what clients call it, from the model itself if None;
-        `aggregate`: the rule of an ensemble, its own if None.
+        `aggregate`: the rule of an ensemble, its own if None; `objectives`: the same of a model with several.
 
         `turns`: held while the device computes, where threads of this process must not do so at once.
         """
@@ -58,6 +60,7 @@ class LocalScorer:
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
         self._aggregate = aggregate
+        self._objectives = objectives
         self._metrics = metrics
         self._sharing = sharing
         self._turns: AbstractContextManager[object] = turns or nullcontext()
@@ -133,6 +136,7 @@ class LocalScorer:
                 dtype=self._dtype,
                 trust_remote_code=self._trust_remote_code,
                 aggregate=self._aggregate,
+                objectives=self._objectives,
                 sharing=self._sharing,
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from feedback.records import Message
 from reward.errors import ModelLoadError
 from reward.normalisation import Normalisation
+from reward.objectives import ObjectiveChoice, ObjectiveRule, rule_for
 from reward.rendering import Rendered, Template
 from reward.scorer import RawScore, Score
 
@@ -50,6 +51,8 @@ class Head:
     """The rule that makes one reward of several heads'."""
     std_coefficient: float = 1.0
     """How many deviations `mean_less_std` takes off."""
+    objectives: tuple[str, ...] = ()
+    """Linear heads side by side for different things, one each; empty for a single one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Probe:
     prompt: list[Message]
     completion: list[Message]
     raw_reward: float
+    by_head: tuple[float, ...] = ()
+    """With several objectives: of each head. What a rule makes of them may jump where a floor is near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,19 @@ class Accuracy:
     accuracy: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One of several things that a reward model scores for."""
+
+    normalisation: Normalisation
+    """Of its head's raw rewards, over the references of its own sources."""
+    sources: tuple[str, ...]
+    """Of the data that it was learnt from."""
+    num_references: int
+    accuracy: Accuracy | None = None
+    """Of its head, on the held-out pairs of its sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,15 @@ class Manifest:
     probes: tuple[Probe, ...] = ()
     scales: Mapping[Aggregate, Normalisation] = field(default_factory=dict)
     """Of an ensemble: what `normalisation` would be under each rule."""
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
+    """By name, in the order of the heads."""
+    rule: ObjectiveRule | None = None
+    """With several objectives: how their rewards become one."""
+
+    @property
+    def objective_scales(self) -> dict[str, Normalisation]:
+        """By objective, in the order of the heads."""
+        return {name: objective.normalisation for name, objective in self.objectives.items()}
 
     def score(self, raw: RawScore, item: Rendered) -> Score:
         """What is served of a completion: `raw` on the scale of the references."""
@@ -103,7 +130,12 @@ class Manifest:
             prompt_tokens=item.prompt_tokens,
             completion_tokens=item.completion_tokens,
             std=statistics.pstdev(raw.by_head) / self.normalisation.std if self.head.heads > 1 else None,
+            objectives=self._by_objective(raw) if self.objectives else None,
         )
+
+    def _by_objective(self, raw: RawScore) -> dict[str, float]:
+        scales = self.objective_scales.items()
+        return {name: scale.reward(own) for (name, scale), own in zip(scales, raw.by_head, strict=True)}
 
     def save(self, folder: Path) -> None:
         """Writes `reward.json` into `folder`."""
@@ -156,6 +188,7 @@ def _parse(record: dict[str, Any]) -> Manifest:
             head.get("heads", 1),
             head.get("aggregate", "mean"),
             head.get("std_coefficient", 1.0),
+            tuple(head.get("objectives", ())),
         ),
         template=record["template"],
         max_length=record["max_length"],
@@ -164,8 +197,33 @@ def _parse(record: dict[str, Any]) -> Manifest:
         num_references=record["num_references"],
         training=record["training"],
         accuracy={name: Accuracy(**fields) for name, fields in record["accuracy"].items()},
-        probes=tuple(Probe(**probe) for probe in record["probes"]),
+        probes=tuple(_probe(**probe) for probe in record["probes"]),
+        **_objectives(record, head),
     )
+
+
+def _probe(prompt: list[Message], completion: list[Message], raw_reward: float, by_head: Sequence[float] = ()) -> Probe:
+    return Probe(prompt, completion, raw_reward, tuple(by_head))
+
+
+def _objectives(record: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
+    """What there is of several objectives. Models with one may have been saved without."""
+    found, rule = record.get("objectives", {}), record.get("rule")
+    if found and (list(found) != list(head.get("objectives", ())) or rule is None):
+        raise ValueError(f"objectives {list(found)} must be those of head.objectives, and have a rule")
+    objectives = {
+        name: Objective(
+            _scale(one["normalisation"]),
+            tuple(one["sources"]),
+            one["num_references"],
+            None if one["accuracy"] is None else Accuracy(**one["accuracy"]),
+        )
+        for name, one in found.items()
+    }
+    if rule is None:
+        return {}
+    scales = {name: objective.normalisation for name, objective in objectives.items()}
+    return {"objectives": objectives, "rule": rule_for(ObjectiveChoice(rule["weights"], rule["floors"]), scales)}
 
 
 def _scale(record: dict[str, Any]) -> Normalisation:

@@ -36,6 +36,9 @@ from reward.network import (
     load_backbone,
     wrap_classifier,
 )
+from reward.normalisation import Normalisation
+from reward.objective_head import ObjectivesHead
+from reward.objectives import ObjectiveChoice, rule_for
 from reward.rendering import Rendered, Renderer, Template
 from reward.scorer import RawScore
 from reward.shared_prefix import SharingOptions, share_prefix, take_sharing
@@ -44,6 +47,8 @@ from reward.shared_prefix_model import SharedPrefixModel, find_way
 DEFAULT_REWARD_MODEL = "default"
 """The reward model that ships with winnow."""
 HEAD_FILE = "head.safetensors"
+REFERENCES_FILE = "references.safetensors"
+"""Of a model with several objectives: `rewards`, (references, objectives), as the heads gave them."""
 MAX_LENGTH_CAP = 4096
 """Default limit of prompt and completion in tokens for models without `reward.json`, if the model allows more."""
 
@@ -140,13 +145,15 @@ def load_reward_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     aggregate: Aggregate | None = None,
+    objectives: ObjectiveChoice | None = None,
     sharing: SharingOptions | None = None,
 ) -> RewardModel:
     """Loads and checks a reward model.
 
-    `source`: a folder, a hub id, or `default`; `aggregate`: the rule of an ensemble, its own if None. Raises
-    `ModelLoadError` when weights of the head are missing, the model has more than one label, a stored probe scores
-    differently, or there is no ensemble; `reward.devices.DeviceError` for a device or dtype that does not exist here.
+    `source`: a folder, a hub id, or `default`; `aggregate`: the rule of an ensemble, its own if None; `objectives`: the
+    same of a model with several objectives. Raises `ModelLoadError` when weights of the head are missing, the model has
+    more than one label, a stored probe scores differently, or there is nothing that such a rule could be for;
+    `reward.devices.DeviceError` for a device or dtype that does not exist here.
     """
     folder = default_folder() if source == DEFAULT_REWARD_MODEL else Path(source).expanduser()
     if source == DEFAULT_REWARD_MODEL and not (folder / FILE_NAME).is_file():
@@ -169,10 +176,14 @@ def load_reward_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, InputError) as error:
         raise ModelLoadError(f"cannot load the reward model {source!r}: {error}") from error
     network.to(device=place).eval().requires_grad_(False)
+    if manifest.rule is not None:
+        cast(ObjectivesHead, network.head).follow(manifest.rule, manifest.objective_scales)
     model = RewardModel(network, renderer, manifest, place, number)
     check_probes(model, source)
     if aggregate is not None:
         _with_rule(model, aggregate, source)
+    if objectives is not None:
+        _with_objectives(model, objectives, folder)
     sharing = sharing or SharingOptions()
     if sharing.mode == "auto" and isinstance(network, PooledRewardModel):
         model.sharing = find_way(network, renderer, place, cache_tokens=sharing.cache_tokens)
@@ -191,6 +202,28 @@ def _with_rule(model: RewardModel, rule: Aggregate, source: str) -> None:
     model.manifest = replace(manifest, head=replace(manifest.head, aggregate=rule), normalisation=scale)
 
 
+def _with_objectives(model: RewardModel, choice: ObjectiveChoice, folder: Path) -> None:
+    """Puts a model with several objectives under another rule, with that rule's percentiles."""
+    from safetensors.torch import load_file
+
+    manifest, head = model.manifest, getattr(model.network, "head", None)
+    if manifest.rule is None or not isinstance(head, ObjectivesHead):
+        raise ModelLoadError(f"{folder}: floors and objective_weights are for a reward model with several objectives")
+    scales = manifest.objective_scales
+    try:
+        rule = rule_for(choice, scales, manifest.rule)
+        references = load_file(folder / REFERENCES_FILE)["rewards"]
+    except ValueError as error:
+        raise ModelLoadError(f"{folder}: {error}") from error
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelLoadError(
+            f"{folder / REFERENCES_FILE} is missing or damaged: percentiles under another rule are made from it"
+        ) from error
+    head.follow(rule, scales)
+    normalisation = Normalisation.with_quantiles_of(head.combine(references).tolist())
+    model.manifest = replace(manifest, rule=rule, normalisation=normalisation)
+
+
 def default_folder() -> Path:
     """Where the shipped reward model lies."""
     return Path(__file__).parent / "default"
@@ -202,18 +235,24 @@ def check_probes(model: RewardModel, source: str) -> None:
     Raises `ModelLoadError` when it does not, or when a probe differs from what is stored.
     """
     tolerance = PROBE_TOLERANCE if model.dtype == torch.float32 else HALF_PRECISION_PROBE_TOLERANCE
-    tolerance *= max(model.manifest.normalisation.std, 1e-6)
+    scales = [objective.normalisation for objective in model.manifest.objectives.values()]
     for number, probe in enumerate(model.manifest.probes or (_ANY_TEXT,)):
         try:
-            (reward,) = model.raw_rewards([model.renderer.render(probe.prompt, probe.completion)])
+            (raw,) = model.raw_scores([model.renderer.render(probe.prompt, probe.completion)])
         except (InputError, ValueError) as error:
             raise ModelLoadError(f"{source}: scoring a probe text failed: {error}") from error
-        if model.manifest.probes and abs(reward - probe.raw_reward) > tolerance:
-            raise ModelLoadError(
-                f"{source}: probe {number} scores {reward:.4f}, but {probe.raw_reward:.4f} is stored in reward.json "
-                f"(tolerance {tolerance:.4g}): the head, the base ({model.manifest.base}) or the tokenizer is not the "
-                "one this model was saved with"
-            )
+        if not model.manifest.probes:
+            continue
+        # Head by head where there are several objectives: what is made of them jumps where a floor is near.
+        found, stored = ([raw.reward], [probe.raw_reward]) if not scales else (raw.by_head, probe.by_head)
+        for reward, expected, scale in zip(found, stored, scales or [model.manifest.normalisation], strict=True):
+            allowed = tolerance * max(scale.std, 1e-6)
+            if abs(reward - expected) > allowed:
+                raise ModelLoadError(
+                    f"{source}: probe {number} scores {reward:.4f}, but {expected:.4f} is stored in reward.json "
+                    f"(tolerance {allowed:.4g}): the head, the base ({model.manifest.base}) or the tokenizer is not "
+                    "the one this model was saved with"
+                )
 
 
 _ANY_TEXT = Probe([{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "Hi!"}], 0.0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reward.ensembles import EnsembleHead, ManyHeads
 from reward.errors import ModelLoadError
 from reward.manifest import Head, Pooling
+from reward.objective_head import ObjectivesHead
 from reward.rendering import Rendered
 
 
@@ -247,9 +248,11 @@ def build_head(width: int, head: Head) -> AnyHead:
     inputs = width * len(head.pooling) * max(len(head.layers), 1)
     if head.domains:
         return GatedHead(inputs, 2 * width, len(head.domains))
-    linear = nn.Linear(inputs, head.heads)
+    linear = nn.Linear(inputs, len(head.objectives) or head.heads)
     nn.init.normal_(linear.weight, std=(inputs + 1) ** -0.5)
     nn.init.zeros_(linear.bias)
+    if head.objectives:
+        return ObjectivesHead(linear)
     if head.heads == 1:
         return linear
     return EnsembleHead(linear, head.aggregate, head.std_coefficient)

@@ -42,8 +42,12 @@ class Normalisation:
         if count < 2 or variance == 0:
             raise ValueError("normalising needs reference completions with at least two different rewards")
         std = math.sqrt(variance)
-        ordered = sorted((r - mean) / std for r in raw_rewards)
-        return cls(mean, std, tuple(_quantile(ordered, q / (NUM_QUANTILES - 1)) for q in range(NUM_QUANTILES)))
+        return cls(mean, std, _quantiles(sorted((r - mean) / std for r in raw_rewards)))
+
+    @classmethod
+    def with_quantiles_of(cls, rewards: Sequence[float]) -> Normalisation:
+        """For rewards that are on a scale already: it stays, and percentiles are those among `rewards`, one or more."""
+        return cls(quantiles=_quantiles(sorted(rewards)))
 
     def reward(self, raw_reward: float) -> float:
         """Normalised reward."""
@@ -70,6 +74,10 @@ class Normalisation:
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile {percentile} is outside 0 to 100")
         return _quantile(self.quantiles, percentile / 100) if self.quantiles else None
+
+
+def _quantiles(ordered: Sequence[float]) -> tuple[float, ...]:
+    return tuple(_quantile(ordered, q / (NUM_QUANTILES - 1)) for q in range(NUM_QUANTILES))
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -159,9 +159,11 @@ def test_code_in_pages_is_well_formed(page: Path) -> None:
 
 def test_settings_and_records_in_pages_are_accepted() -> None:
     page = DOCS / "reward-models.md"
-    served, configuration = fences(page, "yaml")
+    served, configuration, objectives = fences(page, "yaml")
     assert Settings.model_validate(yaml.safe_load(served)).reward.url == "http://gpu-1:8001/v1"
     assert RewardOptions.model_validate(yaml.safe_load(configuration)).tuning == "head"
+    both = yaml.safe_load(configuration) | yaml.safe_load(objectives)
+    assert RewardOptions.model_validate(both).floors == {"harmless": "p20"}
     preference, ranking = (json.loads(line) for line in "".join(fences(page, "json")).splitlines())
     assert parse_preference(preference).chosen[0]["content"] == "Hello!"
     assert parse_ranking(ranking).ranks == [1, 1, 3]

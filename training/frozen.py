@@ -17,7 +17,7 @@ from torch import Tensor
 from feedback.jsonl import read_records
 from feedback.rankings import ComparisonGroup
 from feedback.records import Message, Messages, parse_prompt
-from reward.ensembles import EnsembleHead
+from reward.ensembles import ManyHeads
 from reward.network import PooledRewardModel, collate
 from reward.rendering import Renderer
 from training.batches import EncodedGroup, flatten
@@ -76,10 +76,7 @@ def fit_frozen(
             return FrozenFit({}, None)
         openers = [_opener(group.prompt) for group in groups] + [_opener(prompt) for prompt in gate_prompts]
         data = _head_data(everything, openers, domains, len(encoded), run / "features", options)
-        fits = [
-            fit_head(replace(data, weights=data.weights * own), len(domains), options.head_fit)
-            for own in flatten(encoded).head_weights
-        ]
+        fits = [fit_head(_taught(data, own), len(domains), options.head_fit) for own in flatten(encoded).head_weights]
         last_token = _fit_last_token(data, options) if options.last_token_export else None
         _put_in(network, fits)
         network.to(accelerator.device)
@@ -91,13 +88,26 @@ def fit_frozen(
     return FrozenFit({"l2": chosen, "gate_l2": gate_l2, "gate_prompts": len(gate_groups)}, last_token)
 
 
+def _taught(data: HeadData, head_weights: Tensor) -> HeadData:
+    """The comparisons that count for a head, with what they count: `head_weights` (M,)."""
+    kept = head_weights > 0
+    return replace(
+        data,
+        better=data.better[kept],
+        worse=data.worse[kept],
+        weights=(data.weights * head_weights)[kept],
+        margins=data.margins[kept],
+        pair_group=data.pair_group[kept],
+    )
+
+
 def _put_in(network: PooledRewardModel, fits: Sequence[FittedHead]) -> None:
     """Makes what was fitted the network's head: one fit, or those of an ensemble."""
     gate_weight, gate_bias = fits[0].gate_weight, fits[0].gate_bias
     if gate_weight is not None and gate_bias is not None:
         network.head = gated_head((fits[0].weight, fits[0].bias), (gate_weight, gate_bias))
         return
-    head = network.head.members if isinstance(network.head, EnsembleHead) else cast(torch.nn.Linear, network.head)
+    head = network.head.members if isinstance(network.head, ManyHeads) else cast(torch.nn.Linear, network.head)
     with torch.no_grad():
         head.weight.copy_(torch.cat([fitted.weight for fitted in fits]))
         head.bias.copy_(torch.cat([fitted.bias for fitted in fits]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reward.manifest import Manifest
+from reward.objectives import LEAST_ACCEPTED
 from training.evaluation import POOLED
 
 
@@ -41,6 +42,7 @@ def model_card(manifest: Manifest) -> str:
         rules = {"mean": "their mean", "worst": "the lowest", "mean_less_std": "the mean less their deviation"}
         rule = rules[head.aggregate]
         lines += ["", f"It is an ensemble of {head.heads} linear heads on one base; the reward is {rule}."]
+    lines += _objectives(manifest)
     lines += [
         "",
         "```bash",
@@ -66,9 +68,11 @@ def model_card(manifest: Manifest) -> str:
         "",
         "## Rewards",
         "",
-        f"Served rewards have mean 0 and deviation 1 over {manifest.num_references} reference completions "
-        f"(raw mean {scale.mean:.3f}, deviation {scale.std:.3f}). A percentile is the share of those references that a",
-        "completion beats: `min_reward: p20` rejects what is worse than the worst fifth of them.",
+        _scale(manifest),
+        "A percentile is the share of those references that a completion beats: `min_reward: p20` refuses what is",
+        "worse than the worst fifth of them. It does not mean that a fifth of your answers are refused, nor that",
+        "these are bad: label some of your own, and `winnow reward eval --labelled` says how likely one at each",
+        "percentile is acceptable.",
         "",
         "| percentile | 5 | 20 | 50 | 80 | 95 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -98,6 +102,43 @@ def model_card(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _scale(manifest: Manifest) -> str:
+    """What the served rewards' zero and unit are."""
+    scale, references = manifest.normalisation, f"{manifest.num_references} reference completions"
+    if manifest.objectives:
+        return f"Served rewards are in the deviations of the objectives above; percentiles are among {references}."
+    return (
+        f"Served rewards have mean 0 and deviation 1 over {references} "
+        f"(raw mean {scale.mean:.3f}, deviation {scale.std:.3f})."
+    )
+
+
+def _objectives(manifest: Manifest) -> list[str]:
+    """Of a model with several: what each is good for, and how they become one reward."""
+    rule = manifest.rule
+    if rule is None:
+        return []
+    parting = f"{LEAST_ACCEPTED:.0f}"
+    total = sum(rule.weights.values())
+    wanted = " + ".join(f"{weight / total:.2g} × {name}" for name, weight in rule.weights.items())
+    rows = []
+    for name, about in manifest.objectives.items():
+        own, floor = about.accuracy, rule.floors.get(name)
+        shown = "–" if own is None else f"{own.accuracy:.1%} of {own.pairs} ({own.low:.1%} – {own.high:.1%})"
+        least = "–" if floor is None else f"{floor:.2f}"
+        rows.append(f"| {name} | {', '.join(about.sources)} | {shown} | {about.num_references} | {least} |")
+    return [
+        "",
+        "It has a head for each of several objectives, each on a scale of its own: mean 0 and deviation 1 over the",
+        f"references of its sources. The one reward is {wanted}, among completions that reach every floor; whatever",
+        f"misses one has less than {parting}, all others more: `min_reward: {parting}` refuses it.",
+        "",
+        "| objective | sources | its own held-out accuracy | references | floor |",
+        "| --- | --- | --- | ---: | ---: |",
+        *rows,
+    ]
 
 
 def _data_and_licences(card: Mapping[str, Any]) -> list[str]:

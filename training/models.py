@@ -53,7 +53,8 @@ class TrainableReward:
 
 def is_pooled(options: RewardOptions) -> bool:
     """Whether the head is one of ours rather than a stock one-label classifier."""
-    return options.tuning == "head" or list(options.pooling) != ["last"] or len(options.layers) > 1 or options.heads > 1
+    of_ours = options.heads > 1 or len(options.layers) > 1 or bool(options.objectives)
+    return options.tuning == "head" or list(options.pooling) != ["last"] or of_ours
 
 
 def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> TrainableReward:
@@ -76,6 +77,7 @@ def load_trainable(options: RewardOptions, domains: tuple[str, ...] = ()) -> Tra
         heads=options.heads,
         aggregate=options.aggregate,
         std_coefficient=options.std_coefficient,
+        objectives=tuple(options.objectives),
     )
     load = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": options.trust_remote_code}
     classifier: nn.Module | None = None
@@ -114,13 +116,26 @@ def _require_compatible(options: RewardOptions) -> None:
             raise OptionsError(f"{name}: needs tuning: lora or full; a fitted head is calibrated and centred anyway")
     if options.heads > 1 and options.gated:
         raise OptionsError("heads: a gated head has one for each source already; choose heads or gated")
+    if options.objectives:
+        if len(options.objectives) < 2:
+            raise OptionsError("objectives: give two or more; one alone needs no objectives")
+        for name in ("gated", "last_token_export"):
+            if getattr(options, name):
+                raise OptionsError(f"{name}: not with objectives")
+        if options.heads > 1:
+            raise OptionsError("heads: not with objectives, which have a head each")
+    for name in ("floors", "objective_weights"):
+        if lost := sorted(getattr(options, name).keys() - options.objectives.keys()):
+            raise OptionsError(
+                f"{name}.{lost[0]}: no such objective; there are {', '.join(options.objectives) or 'none'}"
+            )
     if options.layers and options.num_layers is not None:
         raise OptionsError("layers: cuts the base after the last of them; leave num_layers out")
     if options.layers != sorted(set(options.layers)):
         raise OptionsError(f"layers: {options.layers} must rise")
     if options.tuning == "full" and is_pooled(options):
         raise OptionsError(
-            "tuning: full trains a stock classifier: it needs pooling: [last], heads: 1 and a single layer"
+            "tuning: full trains a stock classifier: it needs pooling: [last], heads: 1, a single layer, no objectives"
         )
 
 

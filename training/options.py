@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.environment import UnsetVariableError, interpolated
 from reward.manifest import Aggregate, Pooling
+from reward.objectives import NAME_PATTERN
 
 
 class OptionsError(ValueError):
@@ -155,6 +156,14 @@ class RewardOptions(StepOptions):
     `std_coefficient` times the heads' deviation). Can be changed when serving."""
     std_coefficient: float = Field(default=1.0, ge=0)
     """How many deviations `mean_less_std` takes off."""
+    objectives: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Annotated[list[str], Field(min_length=1)]] = {}
+    """Several things to be scored for, each by a linear head of its own: name to the sources of the data that teach it,
+    such as `{helpful: [hh_helpful], harmless: [hh_harmless]}`. `tuning: head` or `lora`; needs winnow to load."""
+    floors: dict[str, float | str] = {}
+    """With `objectives`: the least normalised reward for an objective, or a percentile of its references (`p20`). A
+    completion that misses one stands below all that do not. Can be changed when serving."""
+    objective_weights: dict[str, float] = {}
+    """With `objectives`: what counts how much in the mean that is wanted high; empty: all without a floor, alike."""
     gate_prompts: dict[str, list[str]] = {}
     """More prompts for the gate to know a source by: source to files of records with a `prompt`, unjudged."""
     last_token_export: bool = False

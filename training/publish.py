@@ -11,15 +11,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
+
+import torch
+from safetensors.torch import save_file
 
 from feedback.rankings import ComparisonGroup
 from feedback.records import Message
 from reward.ensembles import EnsembleHead
 from reward.manifest import Accuracy, Aggregate, Manifest, Probe
-from reward.model import RewardModel, load_reward_model
+from reward.model import REFERENCES_FILE, RewardModel, load_reward_model
 from reward.normalisation import Normalisation
+from reward.objective_head import ObjectivesHead
 from reward.rendering import Rendered
+from training import objectives
 from training.evaluation import POOLED, accuracy_of, by_source, pair_outcomes
 from training.model_card import model_card
 from training.models import TrainableReward, save_weights
@@ -62,7 +67,7 @@ def publish(
         )
         manifest.save(partial)
         model = load_reward_model(str(partial), device=device, trust_remote_code=options.trust_remote_code)
-        manifest = _measured(manifest, model, train, validation)
+        manifest = _measured(manifest, model, train, validation, options, partial)
         manifest.save(partial)
         (partial / "README.md").write_text(model_card(manifest), encoding="utf-8")
         partial.chmod(0o755)
@@ -76,10 +81,16 @@ def _measured(
     model: RewardModel,
     train: Sequence[ComparisonGroup],
     validation: Sequence[ComparisonGroup],
+    options: RewardOptions,
+    folder: Path,
 ) -> Manifest:
     references = validation or train
     rendered = render_groups(model, references)
-    rewards = model.score_all(rendered)
+    raw_scores = model.raw_scores_of_all(rendered)
+    rewards = [raw.reward for raw in raw_scores]
+    if options.objectives:
+        by_head = [raw.by_head for raw in raw_scores]
+        manifest, rewards = _with_objectives(manifest, model, (references, by_head), options, folder)
     accuracy: dict[str, Accuracy] = {}
     if validation:
         outcomes = pair_outcomes(validation, rewards)
@@ -90,10 +101,12 @@ def _measured(
     for question, answer in PROBES:
         prompt: list[Message] = [{"role": "user", "content": question}]
         completion: list[Message] = [{"role": "assistant", "content": answer}]
-        (reward,) = model.raw_rewards([model.renderer.render(prompt, completion)])
-        probes.append(Probe(prompt, completion, reward))
+        (raw,) = model.raw_scores([model.renderer.render(prompt, completion)])
+        probes.append(Probe(prompt, completion, raw.reward, raw.by_head if options.objectives else ()))
     try:
-        normalisation = Normalisation.fit(rewards)
+        # With objectives they are on those' scales already; a mean over refused ones too would mean nothing.
+        fit = Normalisation.with_quantiles_of if options.objectives else Normalisation.fit
+        normalisation = fit(rewards)
         scales = _scales(model, rendered)
     except ValueError as error:
         raise OptionsError(f"the trained model cannot be normalised: {error}") from error
@@ -105,6 +118,25 @@ def _measured(
         accuracy=accuracy,
         probes=tuple(probes),
     )
+
+
+def _with_objectives(
+    manifest: Manifest,
+    model: RewardModel,
+    references: tuple[Sequence[ComparisonGroup], list[tuple[float, ...]]],
+    options: RewardOptions,
+    folder: Path,
+) -> tuple[Manifest, list[float]]:
+    """The manifest with each objective's scale and the rule, by which the model goes from now on, and the rewards of
+    the references by it. What the heads gave them is kept in `folder`, for percentiles under another rule."""
+    groups, by_head = references
+    found, rule = objectives.measured(options, groups, by_head)
+    manifest = replace(manifest, objectives=found, rule=rule)
+    head = cast(ObjectivesHead, model.network.head)
+    head.follow(rule, manifest.objective_scales)
+    rewards = torch.tensor(by_head)
+    save_file({"rewards": rewards}, folder / REFERENCES_FILE)
+    return manifest, head.combine(rewards).tolist()
 
 
 def _scales(model: RewardModel, references: Sequence[Rendered]) -> dict[Aggregate, Normalisation]:

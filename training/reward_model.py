@@ -52,6 +52,7 @@ from training.length import length_log_odds, without_length
 from training.loop import accumulate, build_optimizer, build_schedule, start_accelerator
 from training.losses import centering_loss, num_correct, pairwise_ranking_loss
 from training.models import TrainableReward, last_token_classifier, load_trainable
+from training.objectives import own_rewards, require_sources, rewards_by_own_heads, with_objectives
 from training.options import OptionsError, RewardOptions
 from training.packing import Packing, Part, choose_packing, split, tensors_of
 from training.publish import publish
@@ -76,9 +77,12 @@ def train_reward_model(options: RewardOptions) -> Path:
         raise OptionsError(f"train: no decided comparison in {', '.join(options.train)}")
     domains, _ = domain_indices([group.source for group in train], options.gated)
     trainable = load_trainable(options, tuple(domains))
+    if options.objectives:
+        require_sources(train, validation, options.objectives)
+    encoded = with_head_weights(encode_groups(train, trainable.renderer), options.heads, options.seed)
     data = _Data(
-        train=with_head_weights(encode_groups(train, trainable.renderer), options.heads, options.seed),
-        validation=encode_groups(validation, trainable.renderer),
+        train=with_objectives(encoded, options.objectives),
+        validation=with_objectives(encode_groups(validation, trainable.renderer), options.objectives),
     )
     length_facts: dict[str, float] = {}
     if options.length_debias:
@@ -209,7 +213,7 @@ def _step(
         part, share = weighted
         batch = flatten(part.groups)
         tensors = tensors_of(part, packing, accelerator.device)
-        rewards = network(tensors, by_head=True) if options.heads > 1 else network(tensors).unsqueeze(-1)  # (N, K)
+        rewards = network(tensors, by_head=True)  # (N, K)
         loss, correct = _micro_loss(rewards, batch, options)
         loss = loss * share / len(groups)
         tokens = sum(len(item) for item in batch.items)
@@ -250,7 +254,7 @@ def _micro_loss(rewards: Tensor, batch: MicroBatch, options: RewardOptions) -> t
         loss = loss + pairwise_ranking_loss(own, better, worse, of_head, margins, options.label_smoothing)
         if options.centering:
             loss = loss + options.centering * centering_loss(own, better, worse, of_head)
-    return loss / rewards.shape[1], num_correct(rewards.detach().mean(dim=1), better, worse)
+    return loss / rewards.shape[1], num_correct(rewards_by_own_heads(rewards.detach(), batch), better, worse)
 
 
 @torch.no_grad()
@@ -261,12 +265,13 @@ def _validate(accelerator: Accelerator, network: Any, groups: Sequence[EncodedGr
     network.eval()
     items: list[Rendered] = [item for group in groups for item in group.items]
     batches = batches_by_length([len(item) for item in items], options.micro_batch_tokens)
-    scored: list[tuple[int, float]] = []
+    scored: list[tuple[int, Any]] = []
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        rewards = network(collate([items[i] for i in batch], accelerator.device))
+        rewards = network(collate([items[i] for i in batch], accelerator.device), by_head=bool(options.objectives))
         scored.extend(zip(batch, rewards.tolist(), strict=True))
-    rewards_of = dict(gather_object(scored))
-    outcomes = pair_outcomes(groups, [rewards_of[i] for i in range(len(items))])
+    found = dict(gather_object(scored))
+    in_order = [found[i] for i in range(len(items))]
+    outcomes = pair_outcomes(groups, own_rewards(groups, in_order) if options.objectives else in_order)
     return accuracy_of(outcomes).accuracy
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from proxy.tracing import Tracing
     from proxy.upstreams.base import Upstream
     from reward.metrics import ScoreMetrics
+    from reward.objectives import ObjectiveChoice
     from reward.scorer import Scorer
 
 
@@ -180,9 +181,18 @@ def _local_scorer(reward: RewardSettings, settings: Settings, metrics: ScoreMetr
         metrics=metrics,
         trust_remote_code=reward.trust_remote_code,
         aggregate=reward.aggregate,
+        objectives=_objective_choice(reward),
         turns=_taken(turns, settings),
         sharing=SharingOptions(reward.shared_prefix, reward.prefix_cache_tokens),
     )
+
+
+def _objective_choice(reward: RewardSettings) -> ObjectiveChoice | None:
+    if reward.floors is None and reward.objective_weights is None:
+        return None
+    from reward.objectives import ObjectiveChoice
+
+    return ObjectiveChoice(reward.objective_weights, reward.floors)
 
 
 def _store(settings: Settings, before: MadeParts) -> tuple[_Origin, FeedbackStore] | None:

@@ -230,7 +230,7 @@ def test_centring_keeps_rewards_near_nought(task: Task, tmp_path: Path) -> None:
     [
         ({"gated": True, "tuning": "lora"}, "gated: needs tuning: head"),
         ({"tuning": "full", "pooling": ["mean"]}, r"it needs pooling: \[last\]"),
-        ({"tuning": "full", "layers": [1, 2]}, "and a single layer"),
+        ({"tuning": "full", "layers": [1, 2]}, "a single layer"),
         ({"tuning": "full", "heads": 2}, "heads: 1"),
         ({"gated": True, "heads": 2}, "choose heads or gated"),
         ({"label_smoothing": 0.1}, "label_smoothing: needs tuning: lora or full"),
