@@ -255,6 +255,11 @@ class Draft:
                 del record["key"]
                 yield record
 
+    def completions(self) -> dict[str, Sequence[Messages]]:
+        """All that there is, by the tasks' keys."""
+        there = [task for task in self._tasks if task.key in self._lines]
+        return {task.key: one["completions"] for task, one in zip(there, self.records(), strict=True)}
+
     def finish(self, records: Iterable[Mapping[str, Any]]) -> int:
         """Writes the output, which appears only when whole, and drops the draft. Returns how many records it has."""
         count = write_records(self._output, records)

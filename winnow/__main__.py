@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "demo": ("winnow.commands.demo", "demo", "Start the proxy on embedded models and put one question through it."),
     "sample": ("winnow.commands.sample", "sample", "Draw K completions a prompt from any model, ready to rank."),
     "score": ("winnow.commands.score", "score", "Score completions with a reward model."),
+    "eval": ("winnow.commands.eval", "app", "Language models against each other."),
     "reward": ("winnow.commands.reward", "app", "Reward models: serve and evaluate them."),
     "train": ("winnow.commands.train", "app", "Train models from human data."),
 }

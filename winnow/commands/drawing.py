@@ -14,6 +14,8 @@ from training.sampling import Drawn, Outcome, Sampling, Task, draw_all
 from winnow.console import CommandError, progress_console
 from winnow.generation import Completer, Origin, Pace, completions_of
 
+_SHOWN_FAILURES = 20
+
 Temperature = Annotated[float | None, typer.Option(min=0, help="Of sampling; the model's own, if not given.")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the probability to draw from.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest completion; of a local model 512, if not given.")]
@@ -101,3 +103,12 @@ def draw(
             )
 
     return asyncio.run(run())
+
+
+def show_failures(outcome: Outcome) -> None:
+    """The prompts that have no completions, by file and line, on standard error."""
+    console = progress_console()
+    for failure in outcome.failures[:_SHOWN_FAILURES]:
+        console.print(f"{failure.place}: {' '.join(failure.problem.split())}", markup=False, soft_wrap=True)
+    if len(outcome.failures) > _SHOWN_FAILURES:
+        console.print(f"… and {len(outcome.failures) - _SHOWN_FAILURES} more")

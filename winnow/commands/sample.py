@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _SCORED_AT_ONCE = 512
 """Prompts: bounds what is held in memory while rewards are computed."""
-_SHOWN_FAILURES = 20
 _JUDGED = (
     "rewards", "raw_rewards", "percentiles", "truncated", "stds", "objectives", "reward_model", "ranks",
 )  # fmt: skip
@@ -119,11 +118,7 @@ def sample(
 
 def _report(outcome: Outcome, num_prompts: int, allowed: int, kept: Path | None) -> None:
     """Says which prompts have no completions. Raises `CommandError` where they are more than is allowed."""
-    console = progress_console()
-    for failure in outcome.failures[:_SHOWN_FAILURES]:
-        console.print(f"{failure.place}: {' '.join(failure.problem.split())}", markup=False, soft_wrap=True)
-    if len(outcome.failures) > _SHOWN_FAILURES:
-        console.print(f"… and {len(outcome.failures) - _SHOWN_FAILURES} more")
+    drawing.show_failures(outcome)
     if len(outcome.failures) <= allowed and not outcome.not_asked:
         return
     not_asked = f" and {outcome.not_asked} were not asked" if outcome.not_asked else ""
