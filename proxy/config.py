@@ -86,7 +86,12 @@ class ServerSettings(Section):
     """Seconds that the work of a request that is not streamed goes on after its client left, and that its answer is
     kept, for the client's own retry to join. 0: it is cancelled at once, and nothing is spent on clients that have
     given up; a retry then joins only what its first connection still waits for. Half a second to ten cover the
-    retries of most clients; an abandoned request then costs up to that much more upstream."""
+    retries of most clients; an abandoned request then costs up to that much more upstream. Clients that announce
+    their time-out get an answer before it: for those it is `deadline_linger_s` that counts."""
+    deadline_linger_s: float = Field(default=10.0, ge=0, le=300)
+    """The same after a deadline that passed before there was an answer: the client is told so (504), and comes again
+    within seconds, if it retries at all. Its retry joins, instead of paying for the same candidates again and meeting
+    the same deadline. 0: the work ends with the deadline."""
     max_lingering: int = Field(default=64, ge=0)
     """Requests that linger at once; the work of one more is cancelled."""
     shutdown_s: int = Field(default=30, ge=0)
@@ -256,7 +261,8 @@ class RouteSettings(StrategySettings):
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds for a request. When they are over, the candidates that are there compete."""
     deadline_margin_s: float = Field(default=2.0, ge=0)
-    """How long before the client's own announced time-out (`x-stainless-read-timeout`) to answer."""
+    """How long before the client's own announced time-out (`x-stainless-read-timeout` or `x-stainless-timeout`) to
+    answer."""
     truncation_penalty: float = Field(default=1.0, ge=0)
     """Taken off the reward of a candidate that was cut off at its token limit."""
     responses_store: ResponsesStore = "draw"

@@ -82,14 +82,14 @@ class Drawer:
     ) -> Draw:
         """`count` candidates with the indices from `first_index` on, in order.
 
-        `deadline` is in the loop's time: calls still running then are cancelled and count as failed. So do those
-        that `patience` gives up. Cancelling the draw cancels all its calls.
+        `deadline` is in the loop's time: calls still running then are cancelled and count as failed, unless `patience`
+        outlasts it. So do those that `patience` gives up. Cancelling the draw cancels all its calls.
         """
         key = (self.upstream.name, job.model, job.endpoint)
         together = job.takes_n and count > 1 and self._capabilities.worth_asking(key, count)
         if not together or patience.quorum is not None:
             return await self._parallel(job, count, first_index, deadline, patience, on_arrival)
-        first = await self._with_n(job, count, first_index, deadline)
+        first = await self._with_n(job, count, first_index, None if patience.outlasts_deadline else deadline)
         failure = first.candidates[0].failure
         received = sum(candidate.failure is None for candidate in first.candidates)
         if failure is None:
@@ -98,6 +98,7 @@ class Drawer:
                 return first
             for candidate in first.candidates:
                 on_arrival(candidate)
+            patience = replace(patience, least=patience.least - received)
             rest = await self._parallel(job, count - received, first_index + received, deadline, patience, on_arrival)
             return _joined(first, rest)
         if failure.status not in _REFUSING_STATUS or self._capabilities.proven(key, count):
@@ -130,10 +131,11 @@ class Drawer:
         drawn: list[Candidate | None] = [None] * count
         tasks: list[asyncio.Task[None]] = []
         why_missing = DEADLINE_PASSED
+        ends_at, outlasted = (None, deadline) if patience.outlasts_deadline else (deadline, None)
 
         def give_up() -> None:
             nonlocal why_missing
-            why_missing = NOT_WAITED_FOR
+            why_missing = DEADLINE_PASSED if waiting.is_overdue else NOT_WAITED_FOR
             for task in tasks:
                 task.cancel()
 
@@ -144,9 +146,9 @@ class Drawer:
             on_arrival(one)
 
         siblings = Siblings(max(job.retries.needed, (count + 1) // 2))
-        waiting = Waiting(patience, count, give_up)
+        waiting = Waiting(patience, count, give_up, outlasted)
         try:
-            async with asyncio.timeout_at(deadline), asyncio.TaskGroup() as group:
+            async with asyncio.timeout_at(ends_at), asyncio.TaskGroup() as group:
                 tasks.extend(group.create_task(draw_one(position)) for position in range(count))
         except TimeoutError:
             pass  # What is there competes; what is missing failed.

@@ -21,6 +21,10 @@ _PART_OF_THE_REQUEST = CREDENTIAL_HEADERS | {_IDEMPOTENCY_KEY, "openai-organizat
 _OURS = "x-winnow-"
 
 
+class StillAtWorkError(Exception):
+    """The work takes longer than somebody would wait for it."""
+
+
 def may_come_again(headers: Mapping[str, str]) -> bool:
     """A client that would say so, if it sent this request a second time."""
     return _RETRY_COUNT in headers or _IDEMPOTENCY_KEY in headers
@@ -41,35 +45,45 @@ def fingerprint(path: str, query: str, headers: Mapping[str, str], body: bytes) 
     return digest.digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Linger:
+    """Seconds that work goes on, and its answer is kept, when nobody waits for it any more."""
+
+    after_leaving_s: float = 0.0
+    after_deadline_s: float = 0.0
+
+
 class Shared(Generic[_Answer]):
     """The work for one request, awaited by one client or more."""
 
-    def __init__(self, joining: Joining, key: bytes, work: Coroutine[Any, Any, _Answer], linger_s: float) -> None:
+    def __init__(self, joining: Joining, key: bytes, work: Coroutine[Any, Any, _Answer], linger: Linger) -> None:
         self._joining = joining
         self.key = key
-        self._linger_s = linger_s
+        self._linger = linger
         self._num_waiting = 0
         self._end: asyncio.TimerHandle | None = None
         self.task = asyncio.create_task(work)
         # Whoever waits gets what it raises. Nobody may be waiting any more.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def wait(self) -> _Answer:
-        """The work's answer, or what it raised. Cancelled, it ends the work, unless others wait or it lingers."""
+    async def wait(self, patience_s: float | None = None) -> _Answer:
+        """The work's answer, or what it raised.
+
+        Raises `StillAtWorkError` after `patience_s`. Then, and cancelled, it ends the work, unless others wait or it
+        lingers.
+        """
         self._num_waiting += 1
         self._joining.stays(self)
         try:
-            answer = await asyncio.shield(self.task)
+            done, _ = await asyncio.wait((self.task,), timeout=patience_s)
         except asyncio.CancelledError:
-            self._num_waiting -= 1
-            if self._num_waiting == 0:
-                await self._left()
+            await self._leave(self._linger.after_leaving_s)
             raise
-        except BaseException:
-            self._joining.drop(self)
-            raise
+        if not done:
+            await self._leave(self._linger.after_deadline_s)
+            raise StillAtWorkError
         self._joining.drop(self)
-        return answer
+        return self.task.result()
 
     async def give_up(self) -> None:
         """Nobody wants the answer: ends the work, and returns when it has ended."""
@@ -77,8 +91,8 @@ class Shared(Generic[_Answer]):
         self.task.cancel()
         await asyncio.wait((self.task,))
 
-    def linger(self) -> None:
-        self._end = asyncio.get_running_loop().call_later(self._linger_s, self.expire)
+    def linger(self, for_s: float) -> None:
+        self._end = asyncio.get_running_loop().call_later(for_s, self.expire)
 
     def expire(self) -> None:
         self._joining.drop(self)
@@ -89,9 +103,10 @@ class Shared(Generic[_Answer]):
             self._end.cancel()
             self._end = None
 
-    async def _left(self) -> None:
-        """The last client that waited has gone."""
-        if self._linger_s == 0 or not self._joining.lingers(self):
+    async def _leave(self, linger_s: float) -> None:
+        """One that waited has gone."""
+        self._num_waiting -= 1
+        if self._num_waiting == 0 and not (linger_s > 0 and self._joining.lingers(self, linger_s)):
             await self.give_up()
 
 
@@ -107,12 +122,14 @@ class Sharing:
     def joins(self) -> bool:
         return self.found is not None
 
-    async def answer(self, work: Callable[[], Coroutine[Any, Any, _Answer]], linger_s: float) -> _Answer:
-        """Cancelled, it ends the work, unless others wait for it or it lingers."""
+    async def answer(
+        self, work: Callable[[], Coroutine[Any, Any, _Answer]], linger: Linger, patience_s: float | None = None
+    ) -> _Answer:
+        """As `Shared.wait`."""
         # It may have come to its end since it was found.
         if self.found is not None and self.joining.find(self.key) is self.found:
-            return cast("_Answer", await self.found.wait())
-        return await self.joining.begin(self.key, work(), linger_s).wait()
+            return cast("_Answer", await self.found.wait(patience_s))
+        return await self.joining.begin(self.key, work(), linger).wait(patience_s)
 
 
 class Joining:
@@ -137,9 +154,9 @@ class Joining:
         """The work for the same request, running or waiting to be fetched."""
         return self._shared.get(key)
 
-    def begin(self, key: bytes, work: Coroutine[Any, Any, _Answer], linger_s: float) -> Shared[_Answer]:
+    def begin(self, key: bytes, work: Coroutine[Any, Any, _Answer], linger: Linger) -> Shared[_Answer]:
         """Starts the work. The latest of equal requests is the one that can be joined."""
-        shared = Shared(self, key, work, linger_s)
+        shared = Shared(self, key, work, linger)
         self._shared[key] = shared
         return shared
 
@@ -148,12 +165,12 @@ class Joining:
         shared.stop_timer()
         self._lingering.discard(shared)
 
-    def lingers(self, shared: Shared[Any]) -> bool:
+    def lingers(self, shared: Shared[Any], for_s: float) -> bool:
         """Nobody waits for it, for now. False: too much lingers already, or something newer took its place."""
         if len(self._lingering) >= self.max_lingering or self._shared.get(shared.key) is not shared:
             return False
         self._lingering.add(shared)
-        shared.linger()
+        shared.linger(for_s)
         return True
 
     def drop(self, shared: Shared[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ _KNOWN_ANSWERS = 32
 _USUAL_SHARE = 0.95
 _OWN_FACTOR = 2.0
 """However quick a route's answers are: where a prompt's own take long, the rest of them may take twice as long."""
+_OVERDUE_FACTOR = 1.1
+"""What answers so late that nobody waited for it any more is not the only one: the rest get a little longer."""
 _LEAST_S = 1.0
 """A lost packet or a pause of this process takes that long, and says nothing of the upstream."""
 
@@ -35,6 +38,8 @@ class Patience:
     """Of what is usual on the route, where that is known: nobody gets longer, nor less. 0: the route says nothing."""
     durations: LatestValues | None = None
     """Seconds from the beginning of a draw to each of its answers, on the route: read, and added to."""
+    outlasts_deadline: bool = False
+    """With fewer than `least` answers, drawing does not end with the deadline, but soon after they have come."""
 
     def learn(self, answered_s: float) -> None:
         if self.durations is not None:
@@ -58,9 +63,14 @@ class Patience:
 
 
 class Waiting:
-    """One draw's waiting. `give_up` is called at most once, when what is still running is not worth waiting for."""
+    """One draw's waiting. `give_up` is called at most once, when what is still running is not worth waiting for.
 
-    def __init__(self, patience: Patience, count: int, give_up: Callable[[], None]) -> None:
+    `deadline`, in the loop's time, is one that `patience` outlasts.
+    """
+
+    def __init__(
+        self, patience: Patience, count: int, give_up: Callable[[], None], deadline: float | None = None
+    ) -> None:
         self._patience = patience
         self._count = count
         self._give_up = give_up
@@ -70,6 +80,9 @@ class Waiting:
         self._started_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._over = False
+        self.is_overdue = False
+        """The deadline has passed."""
+        self._due = None if deadline is None else self._loop.call_at(deadline, self._fall_due)
 
     def arrived(self, candidate: Candidate) -> None:
         if self._over:
@@ -92,6 +105,8 @@ class Waiting:
     def close(self) -> None:
         self._over = True
         self._stop_timer()
+        if self._due is not None:
+            self._due.cancel()
 
     def _watch_stragglers(self) -> None:
         """Sets the timer anew: each answer tells more of how long the rest may take."""
@@ -102,8 +117,15 @@ class Waiting:
         if self._patience.quorum is not None:
             half = min(half, max(self._patience.quorum - 1, 1))
         limit_s = self._patience.limit_s(self._slowest_s, half_there=self._answered >= half)
+        if self.is_overdue:
+            limit_s = min(limit_s or math.inf, _OVERDUE_FACTOR * self._slowest_s)
         if limit_s is not None:
             self._timer = self._loop.call_at(self._started_at + limit_s, self._end)
+
+    def _fall_due(self) -> None:
+        self.is_overdue = True
+        if self._answered >= self._patience.least:
+            self._end()
 
     def _end(self) -> None:
         self.close()

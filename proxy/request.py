@@ -318,7 +318,8 @@ def _max_candidates(options: WinnowField, route: RouteSettings, best_of: int, *,
 def _deadline(options: WinnowField, headers: Mapping[str, str], route: RouteSettings) -> float | None:
     wanted = options.deadline_s or route.deadline_s
     deadlines = [] if wanted is None else [wanted]
-    announced = headers.get("x-stainless-read-timeout", "")
+    # openai-python says it always, openai-node by another name where a request has a time-out of its own.
+    announced = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout", "")
     if announced and re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", announced) and float(announced) > 0:
         # A very short time-out is mostly margin: leave half of it to the work.
         deadlines.append(max(float(announced) - route.deadline_margin_s, float(announced) / 2))

@@ -18,13 +18,13 @@ from proxy.candidate_sets import candidate_sets
 from proxy.candidates import ENDPOINT_PATHS, Call, CallEnd, Endpoint
 from proxy.config import RewardFloor
 from proxy.drawing import Job
-from proxy.errors import BadRequestError, ProxyError
+from proxy.errors import BadRequestError, DeadlineError, ProxyError
 from proxy.exchange import Exchange, exchange_of
 from proxy.facts import Facts
 from proxy.fallback import first_to_answer
 from proxy.gateway import Gateway
 from proxy.headers import for_generation
-from proxy.joining import Sharing
+from proxy.joining import Linger, Sharing, StillAtWorkError
 from proxy.judging import Judge
 from proxy.ledger import Tokens, settle
 from proxy.metering import Meter
@@ -133,9 +133,8 @@ class _Request:
             self.query,
             self.ask.model,
         )
-        left_s = self.ask.deadline_s and max(0.0, self.ask.deadline_s - (time.perf_counter() - self.started))
         relay = Relay(self.route.upstream, self.retries, "stream" if self.ask.stream else "object")
-        answer = await relay.answer(call, left_s)
+        answer = await relay.answer(call, None if self._outlasts_deadline else self._left_s)
         if isinstance(answer, WholeAnswer):
             self._account_relayed(answer.usage, 0, "answered", answer.upstream_s)
             return answer
@@ -181,6 +180,20 @@ class _Request:
         return self.gateway.forwarded(self.client_headers, self.route)
 
     @property
+    def _left_s(self) -> float | None:
+        """Seconds to the deadline."""
+        return self.ask.deadline_s and max(0.0, self.ask.deadline_s - (time.perf_counter() - self.started))
+
+    @property
+    def _outlasts_deadline(self) -> bool:
+        """The client is told when its deadline passes, and may come again for what is at work.
+
+        A race ends with it all the same: it is over streams, of which all but the best are cancelled by then.
+        """
+        lingers = self.sharing is not None and self.gateway.settings.server.deadline_linger_s > 0
+        return lingers and (self.ask.passes_through or self.ask.strategy != "speculative")
+
+    @property
     def _joined(self) -> dict[str, str]:
         return {"x-winnow-joined": "true"} if self.sharing is not None and self.sharing.joins else {}
 
@@ -190,7 +203,13 @@ class _Request:
             return await work()
         if self.sharing.joins:
             self.gateway.metrics.requests_joined.labels(self.route.name).inc()
-        return await self.sharing.answer(work, self.gateway.settings.server.linger_s)
+        server = self.gateway.settings.server
+        linger = Linger(server.linger_s, server.deadline_linger_s)
+        try:
+            return await self.sharing.answer(work, linger, self._left_s if self._outlasts_deadline else None)
+        except StillAtWorkError as error:
+            # It goes on for a while: a retry of this client joins it.
+            raise DeadlineError(f"There was no answer within {self.ask.deadline_s:g} s") from error
 
     async def _result(self, broadcast: Broadcast | None = None) -> Result:
         scorer = self.gateway.scorer(self.ask.reward_model, "winnow.reward_model", self.route.scorer)
@@ -246,6 +265,7 @@ class _Request:
             durations=self.gateway.histories.durations(self.route.name),
             min_reward=_resolve_floor(self.ask.min_reward, scorer),
             started_at=asyncio.get_running_loop().time() - (time.perf_counter() - self.started),
+            outlasts_deadline=self._outlasts_deadline,
             broadcast=broadcast,
         )
 

@@ -41,6 +41,8 @@ class Terms:
     """With percentiles resolved."""
     started_at: float
     """Loop time at which the request came in."""
+    outlasts_deadline: bool = False
+    """Whoever waits keeps the deadline; the work goes on to its first answers, for a retry to join."""
     broadcast: Broadcast | None = None
     """Where a winner can go while it is being written; None if all has to be known first."""
 
@@ -137,8 +139,7 @@ class Contest:
 
     @property
     def drawing_is_over(self) -> bool:
-        deadline = self.drawing_deadline
-        return deadline is not None and asyncio.get_running_loop().time() >= deadline
+        return self._is_past(self.drawing_deadline)
 
     @property
     def deadline(self) -> float | None:
@@ -164,13 +165,15 @@ class Contest:
             is_good=self.hearing.is_valid,
             learnt_factor=route.straggler_learnt_factor,
             durations=self.terms.durations,
+            outlasts_deadline=self.terms.outlasts_deadline and self.least > self.num_answered,
         )
 
     async def _round(self, job: Job, count: int) -> Sequence[Judged]:
         hearing, first_index, deadline = self.hearing, len(self.judged), self.drawing_deadline
         patience = self.patience(count)
         draw = await self.terms.drawer.draw(job, count, first_index, deadline, patience, hearing.arrived)
-        verdict = await hearing.judge(draw.candidates, self.deadline)
+        late = self.terms.outlasts_deadline and self._is_past(self.deadline)
+        verdict = await hearing.judge(draw.candidates, None if late else self.deadline)
         self.add(draw, verdict.judged, scored=verdict.scored)
         return verdict.judged
 
@@ -183,6 +186,10 @@ class Contest:
         if not selection.order:
             return rejected
         return Selection(tuple(before + position for position in selection.order), selection.accepted)
+
+    @staticmethod
+    def _is_past(deadline: float | None) -> bool:
+        return deadline is not None and asyncio.get_running_loop().time() >= deadline
 
     def _may_draw_more(self) -> bool:
         if self.terms.min_reward is None or len(self.judged) >= self.terms.ask.max_candidates:

@@ -7,6 +7,7 @@ import threading
 import urllib.request
 from typing import Any
 
+import openai
 import pytest
 
 from tests.conftest import RunningProxy, StartProxy
@@ -107,6 +108,59 @@ def test_work_outlives_a_client_that_timed_out(start_proxy: StartProxy, best_of:
 def test_by_default_it_does_not(proxy: RunningProxy, best_of: int, calls: int) -> None:
     proxy.upstream.script = lambda received: Reply(hold=True)
     leave(proxy, best_of, calls)
+    proxy.upstream.wait_for(lambda upstream: upstream.cancelled == calls)
+
+
+@pytest.mark.parametrize("strategy", ["best_of_n", "adaptive"])
+@WAYS
+def test_an_official_client_that_times_out_pays_once(
+    start_proxy: StartProxy, best_of: int, calls: int, strategy: str
+) -> None:
+    """Unmodified: it says what it waits for, hears in time that there is nothing yet, and asks again by itself."""
+    proxy = start_proxy(upstream={"n_mode": "parallel"})
+    proxy.upstream.script = lambda received: Reply(hold=True)
+
+    def release() -> None:
+        joined(proxy, 1)
+        proxy.upstream.release()
+
+    watching = threading.Thread(target=release, daemon=True)
+    watching.start()
+    # More retries than the one that it takes: this machine may be slow to release.
+    with proxy.client.with_options(timeout=1.0, max_retries=8) as client:
+        raw = client.chat.completions.with_raw_response.create(
+            model="m",
+            messages=[{"role": "user", "content": "Hi"}],
+            extra_body={"best_of": best_of, "winnow": {"strategy": strategy}},
+        )
+    watching.join(20)
+    assert raw.headers["x-winnow-joined"] == "true"
+    assert raw.parse().choices[0].message.content == "an answer"
+    assert raw.headers["x-winnow-upstream-calls"] == str(calls)
+    assert len(proxy.upstream.received) == calls
+
+
+def test_what_came_before_the_deadline_is_no_reason_to_ask_again(proxy: RunningProxy) -> None:
+    proxy.upstream.script = lambda received: Reply(texts=("good",), hold=received.number > 1)
+    raw = proxy.client.with_options(timeout=1.0, max_retries=2).chat.completions.with_raw_response.create(
+        model="m", messages=[{"role": "user", "content": "Hi"}], seed=1
+    )
+    assert raw.headers["x-winnow-candidates"] == "s=2;f=2;i=0"
+    assert raw.retries_taken == 0
+    proxy.upstream.wait_for(lambda upstream: upstream.cancelled == 2)
+
+
+@WAYS
+def test_a_client_that_does_not_come_again_costs_no_more_than_that(
+    start_proxy: StartProxy, best_of: int, calls: int
+) -> None:
+    proxy = start_proxy(server={"deadline_linger_s": 0.2})
+    proxy.upstream.script = lambda received: Reply(hold=True)
+    with pytest.raises(openai.InternalServerError) as caught:
+        proxy.client.with_options(timeout=0.4).chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], seed=1, extra_body={"best_of": best_of}
+        )
+    assert caught.value.code == "deadline_exceeded"
     proxy.upstream.wait_for(lambda upstream: upstream.cancelled == calls)
 
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from proxy.errors import DeadlineError
-from proxy.joining import Joining, comes_again, fingerprint, may_come_again
+from proxy.joining import Joining, Linger, StillAtWorkError, comes_again, fingerprint, may_come_again
 
 KEY = b"k"
 
@@ -39,7 +39,7 @@ async def leave(waiting: asyncio.Task[str]) -> None:
 
 
 def begin(joining: Joining, work: Work, linger_s: float = 0) -> asyncio.Task[str]:
-    return asyncio.create_task(joining.begin(KEY, work.run(), linger_s).wait())
+    return asyncio.create_task(joining.begin(KEY, work.run(), Linger(linger_s)).wait())
 
 
 def join(joining: Joining) -> asyncio.Task[str]:
@@ -118,8 +118,8 @@ async def test_lingering_ends() -> None:
 
 async def test_only_so_much_lingers() -> None:
     joining, kept, ended = Joining(1), Work(), Work()
-    first = asyncio.create_task(joining.begin(b"a", kept.run(), 1000).wait())
-    second = asyncio.create_task(joining.begin(b"b", ended.run(), 1000).wait())
+    first = asyncio.create_task(joining.begin(b"a", kept.run(), Linger(1000)).wait())
+    second = asyncio.create_task(joining.begin(b"b", ended.run(), Linger(1000)).wait())
     await kept.started.wait()
     await ended.started.wait()
     await leave(first)
@@ -143,6 +143,40 @@ async def test_of_equal_requests_the_older_does_not_linger_out_of_reach() -> Non
     assert await joined == await second == "answer"
 
 
+async def test_work_outlasts_a_deadline_for_the_retry_to_join() -> None:
+    joining, work = Joining(4), Work()
+    shared = joining.begin(KEY, work.run(), Linger(0, 1000))
+    with pytest.raises(StillAtWorkError):
+        await shared.wait(0.01)
+    assert not work.ended.is_set()
+    second = join(joining)
+    work.answer.set()
+    assert await second == "answer"
+    assert len(joining) == 0
+
+
+async def test_a_deadline_ends_the_work_where_nothing_lingers() -> None:
+    joining, work = Joining(4), Work()
+    shared = joining.begin(KEY, work.run(), Linger(1000, 0))
+    with pytest.raises(StillAtWorkError):
+        await shared.wait(0.01)
+    assert work.cancelled
+    assert len(joining) == 0
+
+
+async def test_one_ones_deadline_is_not_the_others() -> None:
+    joining, work = Joining(4), Work()
+    first = begin(joining, work)
+    await work.started.wait()
+    found = joining.find(KEY)
+    assert found is not None
+    with pytest.raises(StillAtWorkError):
+        await found.wait(0.01)
+    assert not work.ended.is_set()
+    work.answer.set()
+    assert await first == "answer"
+
+
 async def test_all_hear_of_a_failure_and_none_is_kept() -> None:
     joining, work = Joining(4), Work()
 
@@ -150,7 +184,7 @@ async def test_all_hear_of_a_failure_and_none_is_kept() -> None:
         await work.answer.wait()
         raise DeadlineError("late")
 
-    first = asyncio.create_task(joining.begin(KEY, fails(), 1000).wait())
+    first = asyncio.create_task(joining.begin(KEY, fails(), Linger(1000)).wait())
     second = join(joining)
     await asyncio.sleep(0)
     work.answer.set()
@@ -168,7 +202,7 @@ async def test_a_failure_that_nobody_waited_for_is_no_noise() -> None:
         await work.answer.wait()
         raise DeadlineError("late")
 
-    shared = joining.begin(KEY, fails(), 1000)
+    shared = joining.begin(KEY, fails(), Linger(1000))
     first = asyncio.create_task(shared.wait())
     await work.started.wait()
     await leave(first)

@@ -81,6 +81,7 @@ def test_a_body_that_asks_nothing_of_us_stays_as_it_is() -> None:
         ({}, {"x-stainless-read-timeout": "600"}, {}, 598),
         ({}, {"x-stainless-read-timeout": "10.0"}, {"deadline_s": 9}, 8),
         ({}, {"x-stainless-read-timeout": "1"}, {}, 0.5),
+        ({}, {"x-stainless-timeout": "60"}, {}, 58),
         ({}, {"x-stainless-read-timeout": "nan"}, {}, None),
         ({"winnow": {"deadline_s": 3}}, {"x-stainless-read-timeout": "600"}, {"deadline_s": 1}, 3),
     ],

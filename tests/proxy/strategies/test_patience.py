@@ -85,6 +85,38 @@ async def test_nothing_is_given_up_without_the_answers_that_the_request_needs() 
     await asyncio.wait_for(given_up.wait(), 5)
 
 
+class TestOutlastingTheDeadline:
+    """In the loop's time, where 0 has passed."""
+
+    async def test_soon_after_the_first_answers_it_is_enough(self) -> None:
+        given_up = asyncio.Event()
+        wait = Waiting(patience(least=2), 4, given_up.set, deadline=0.0)
+        wait.arrived(candidate())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert wait.is_overdue and not given_up.is_set()
+        wait.arrived(candidate(FAILED))
+        await asyncio.sleep(0)
+        assert not given_up.is_set()
+        wait.arrived(candidate())
+        await asyncio.wait_for(given_up.wait(), 5)
+
+    async def test_with_enough_of_them_it_is_the_end(self) -> None:
+        given_up = asyncio.Event()
+        wait = Waiting(patience(), 4, given_up.set, deadline=0.0)
+        wait.arrived(candidate())
+        await asyncio.wait_for(given_up.wait(), 5)
+
+    async def test_closed_it_passes_unnoticed(self) -> None:
+        given_up = asyncio.Event()
+        wait = Waiting(patience(), 4, given_up.set, deadline=0.0)
+        wait.arrived(candidate())
+        wait.close()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not given_up.is_set()
+
+
 async def test_it_gives_up_once() -> None:
     given_up: list[bool] = []
     wait = Waiting(patience(1, good=True), 4, lambda: given_up.append(True))
