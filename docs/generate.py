@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from proxy.config import ENV_PREFIX, Settings
+from training.hosted.options import HostedOptions
 from training.options import RewardOptions
 from winnow.__main__ import command_tree
 
@@ -95,6 +96,8 @@ def settings_page() -> str:
     for name, (kind, page) in TRAINERS.items():
         lines += [f"## `winnow train {name}`", "", f"What they do to a model is told in {page}.", ""]
         lines += _trainer_tables(kind)
+    lines += ["## `winnow hosted`", "", "What they do is told in [Hosted fine-tuning](hosted.md).", ""]
+    lines += _trainer_tables(HostedOptions)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -42,6 +42,7 @@ LIGHT_MODULES = [
     "feedback.rankings",
     "feedback.records",
     "feedback.redaction",
+    "training.hosted.jobs",
     "winnow.__main__",
 ]
 """What a gateway with a remote scorer imports, or what others import without wanting a model."""

@@ -24,6 +24,7 @@ from proxy.routes.feedback import FeedbackRequest
 from proxy.routes.score import ScoreRequest
 from reward.manifest import Manifest
 from reward.metrics import ScoreMetrics
+from training.hosted.options import HostedOptions
 from training.options import RewardOptions
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +171,9 @@ def test_settings_and_records_in_pages_are_accepted() -> None:
     asked, answered, judged = (json.loads(block) for block in fences(DOCS / "api.md", "json"))
     assert FeedbackRequest.model_validate(judged).ranking == [[2], [0, 1], [3]]
     assert len(ScoreRequest.model_validate(asked).completions) == len(answered["scores"])
+    tuned, route = fences(DOCS / "hosted.md", "yaml")
+    assert HostedOptions.model_validate(yaml.safe_load(tuned)).beta == 0.1
+    assert Settings.model_validate(yaml.safe_load(route)).routes["tuned"].upstream == "together"
     for document in fences(DOCS / "settings.md", "yaml"):
         assert Settings.model_validate(yaml.safe_load(document)).route.best_of == 8
 

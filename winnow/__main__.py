@@ -26,6 +26,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "eval": ("winnow.commands.eval", "app", "Language models against each other."),
     "reward": ("winnow.commands.reward", "app", "Reward models: serve and evaluate them."),
     "train": ("winnow.commands.train", "app", "Train models from human data."),
+    "hosted": ("winnow.commands.hosted", "app", "Fine-tune hosted models through their providers."),
 }
 
 
