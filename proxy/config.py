@@ -34,6 +34,11 @@ Percentile = Annotated[str, Field(pattern=r"^p(100|[0-9]{1,2}(\.[0-9]+)?)$")]
 RewardFloor = Annotated[float, Field(allow_inf_nan=False)] | Percentile
 
 
+def _at_commas(value: object) -> object:
+    """A list as the environment has it."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 class ServerSettings(Section):
     """The listening side."""
 
@@ -108,7 +113,7 @@ class ServerSettings(Section):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
+        return _at_commas(value)
 
 
 class UpstreamSettings(Section):
@@ -209,6 +214,9 @@ class RewardSettings(Section):
     """Completions in one forward pass."""
     max_padding: float | None = Field(default=None, ge=0, le=1)
     """Most of a batch that may be padding, as a share; unset, a tenth on a CPU and any on a GPU."""
+    devices: Annotated[tuple[str, ...], NoDecode] = ()
+    """Devices that each get a copy of the model: `[cuda:0, cuda:1]`, or `[all]` for every GPU that the process sees. A
+    batch goes to one that is free. Unset: one copy, on `device`. In the environment: comma-separated."""
     aggregate: Aggregate | None = None
     """Of a reward model in this process that has several heads: `mean`, `worst` (the lowest) or `mean_less_std` of
     their rewards; unset, as the model says itself."""
@@ -227,6 +235,11 @@ class RewardSettings(Section):
     """Completions waiting to be scored; with more, `on_reward_failure` decides, and `/v1/score` answers 429."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _at_commas(value)
 
 
 class RouteSettings(StrategySettings):
@@ -263,6 +276,9 @@ class RouteSettings(StrategySettings):
     deadline_margin_s: float = Field(default=2.0, ge=0)
     """How long before the client's own announced time-out (`x-stainless-read-timeout` or `x-stainless-timeout`) to
     answer."""
+    score_early: bool = True
+    """Candidates are scored as they arrive, and a long prompt is encoded while the upstream writes. Off: all of them
+    together, after the last: fewer calls to a service that scores."""
     truncation_penalty: float = Field(default=1.0, ge=0)
     """Taken off the reward of a candidate that was cut off at its token limit."""
     responses_store: ResponsesStore = "draw"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 from proxy.candidates import Candidate, Judged
@@ -14,7 +15,7 @@ from proxy.prompts import PromptPart
 from proxy.scorebook import Scorebook
 from proxy.validity import Rules, invalid_reason
 from reward.errors import QueueFullError, RewardError
-from reward.scorer import Scorer
+from reward.scorer import Expects, Scorer
 
 _log = logging.getLogger(__name__)
 
@@ -37,16 +38,23 @@ class Judge:
     on_failure: OnRewardFailure
     strips_echo: bool
     """The texts begin with their prompt, which is not theirs to be rewarded for."""
+    early: bool = True
+    """Candidates are scored as they arrive."""
+    expects: bool = True
+    """The scorer may get ready while the upstream writes."""
 
     @contextlib.asynccontextmanager
     async def hearing(self, part: PromptPart) -> AsyncIterator[Hearing]:
         """Of one prompt's candidates. What is still being scored when the block ends is given up."""
         echoed = part.text if self.strips_echo and part.text else ""
         scorebook = Scorebook(self.scorer, part, echoed)
-        try:
+        async with self._expecting(part), contextlib.aclosing(scorebook):
             yield Hearing(self, scorebook, echoed)
-        finally:
-            await scorebook.aclose()
+
+    def _expecting(self, part: PromptPart) -> AbstractAsyncContextManager[None]:
+        # One that is not ready yet may become so before the first candidate is there.
+        scorer = self.scorer if self.expects and self.scorer is not None and self.scorer.ready else None
+        return scorer.expecting(part.messages) if isinstance(scorer, Expects) else contextlib.nullcontext()
 
     def refuse(self, error: Exception) -> None:
         """Raises by policy `error`; otherwise the failure is logged and the answer marked unscored."""
@@ -75,7 +83,7 @@ class Hearing:
 
     def arrived(self, candidate: Candidate) -> None:
         """One that others are still waited for. If it is valid, its scoring begins."""
-        if self._judge.scorer is not None and self.is_valid(candidate):
+        if self._judge.early and self._judge.scorer is not None and self.is_valid(candidate):
             self.scorebook.announce(candidate)
 
     async def judge(self, candidates: Sequence[Candidate], deadline: float | None) -> Verdict:

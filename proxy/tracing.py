@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from proxy.exchange import Exchange, exchange_of
 from proxy.facts import Facts
 from proxy.headers import request_headers
 from proxy.upstreams.base import Upstream, UpstreamCall, UpstreamError, UpstreamResponse
-from reward.scorer import Score, Scorer, TemplatedText
+from reward.scorer import Expects, Score, Scorer, TemplatedText
 
 _TRACE_HEADERS = frozenset({"traceparent", "tracestate"})
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -243,6 +244,9 @@ class _TracedScorer:
 
     async def score(self, prompt: Messages, completions: Sequence[Messages]) -> list[Score]:
         return await self._spanned(len(completions), self._scorer.score(prompt, completions))
+
+    def expecting(self, prompt: Messages) -> AbstractAsyncContextManager[None]:
+        return self._scorer.expecting(prompt) if isinstance(self._scorer, Expects) else nullcontext()
 
     async def score_texts(self, texts: Sequence[TemplatedText]) -> list[Score]:
         return await self._spanned(len(texts), self._scorer.score_texts(texts))

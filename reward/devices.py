@@ -5,12 +5,14 @@ Shared by generating and scoring, so that both make the same choice on the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import torch
 
 AUTO: Final = "auto"
+ALL: Final = "all"
 _DTYPES: Final = {
     "float32": "float32",
     "fp32": "float32",
@@ -46,6 +48,15 @@ def choose_device(name: str = AUTO) -> torch.device:
     if device.type not in _available():
         raise DeviceError(f"no {name!r} here; {_choices()}")
     return device
+
+
+def each_device(names: Sequence[str]) -> list[str]:
+    """The devices that copies of a model go to; `all` stands for every GPU that this process sees, or `auto`."""
+    if ALL not in names:
+        return list(names)
+    import torch
+
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [AUTO]
 
 
 def threads_must_take_turns(name: str = AUTO) -> bool:

@@ -32,7 +32,7 @@ Template = Literal["chat", "plain", "pair"]
 _PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool", "function": "Tool"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SharedPrefix:
     """Tokens that all sequences of one request begin with; one object for all of them."""
 

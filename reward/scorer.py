@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from feedback.records import Messages
 
@@ -87,3 +88,14 @@ class Scorer(Protocol):
 
     async def aclose(self) -> None:
         """Answers everyone who waits (with `ScoringError`) and frees the model."""
+
+
+@runtime_checkable
+class Expects(Protocol):
+    """A scorer that can do a part of its work before there are completions."""
+
+    def expecting(self, prompt: Messages) -> AbstractAsyncContextManager[None]:
+        """Until the block ends, completions of this prompt may come. Delays no scoring, and what fails is not told.
+
+        Raises `ScoringError` where nothing can be scored at all.
+        """

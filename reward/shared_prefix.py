@@ -8,10 +8,12 @@ from the token ids of the whole sequences, so it is exact for every template and
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from reward.batching import BatchingOptions, take_batch
 from reward.rendering import Rendered, SharedPrefix
@@ -55,7 +57,8 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 def share_prefix(items: Sequence[Rendered], cache_tokens: int = 0) -> list[Rendered]:
     """The sequences of one request, marked with their shared beginning where encoding it once pays.
 
-    For a single one that is its prompt, if `cache_tokens` can hold it until the next comes.
+    Where `cache_tokens` can hold it until more of them come, that is their prompt, also of a single one: what these
+    completions happen to have in common the next may not have.
     """
     if not items or any(item.token_type_ids is not None for item in items):
         return list(items)
@@ -65,11 +68,36 @@ def share_prefix(items: Sequence[Rendered], cache_tokens: int = 0) -> list[Rende
         return [replace(items[0], prefix=SharedPrefix(length))] if kept else list(items)
     # At least one token of each stays its own: it carries the reward.
     length = min(common_prefix([item.ids for item in items]), min(map(len, items)) - 1)
+    if 0 < cache_tokens >= length:
+        length = min(length, *(item.completion_start for item in items))
     saved = (len(items) - 1) * length
     if length < LEAST_SHARED or saved < LEAST_SAVED * sum(map(len, items)):
         return list(items)
     prefix = SharedPrefix(length)
     return [replace(item, prefix=prefix) for item in items]
+
+
+class LivePrefixes:
+    """Makes one of the prefixes that begin alike, for as long as anybody uses it: several calls for one prompt then
+    share it as one call does. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._live: WeakValueDictionary[tuple[int, ...], SharedPrefix] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, ids: Sequence[int]) -> SharedPrefix:
+        """The one of exactly these tokens."""
+        with self._lock:
+            return self._live.setdefault(tuple(ids), SharedPrefix(len(ids)))
+
+    def unified(self, items: Sequence[Rendered]) -> list[Rendered]:
+        """The sequences of one call with the prefix that others use already, if they have one."""
+        prefix = items[0].prefix if items else None
+        if prefix is None:
+            return list(items)
+        live = self.of(items[0].ids[: prefix.length])
+        return [replace(item, prefix=live) for item in items]
 
 
 def take_sharing(items: Sequence[Rendered], options: BatchingOptions, *, one_request: bool) -> list[int]:

@@ -176,6 +176,7 @@ def _local_scorer(reward: RewardSettings, settings: Settings, metrics: ScoreMetr
     return LocalScorer(
         reward.model,
         device=settings.device,
+        devices=reward.devices,
         dtype=settings.dtype,
         batching=batching,
         metrics=metrics,

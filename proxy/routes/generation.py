@@ -16,7 +16,7 @@ from proxy.admission import client_left, while_client_waits
 from proxy.broadcast import Broadcast
 from proxy.candidate_sets import candidate_sets
 from proxy.candidates import ENDPOINT_PATHS, Call, CallEnd, Endpoint
-from proxy.config import RewardFloor
+from proxy.config import LOCAL, RewardFloor
 from proxy.drawing import Job
 from proxy.errors import BadRequestError, DeadlineError, ProxyError
 from proxy.exchange import Exchange, exchange_of
@@ -254,7 +254,13 @@ class _Request:
     def _terms(self, scorer: Scorer | None, broadcast: Broadcast | None) -> Terms:
         route = self.route.settings
         judge = Judge(
-            scorer, rules_for(self.ask.endpoint, self.ask.body), route.on_reward_failure, strips_echo=self.ask.echo
+            scorer,
+            rules_for(self.ask.endpoint, self.ask.body),
+            route.on_reward_failure,
+            strips_echo=self.ask.echo,
+            early=route.score_early,
+            # The embedded model computes on the same device: it would only be slowed down.
+            expects=route.score_early and self.route.upstream.name != LOCAL,
         )
         return Terms(
             ask=self.ask,

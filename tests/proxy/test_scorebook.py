@@ -182,3 +182,35 @@ async def test_the_deadline_ends_the_waiting() -> None:
         scorer.allow()
         assert await rewards(opened, GOOD) == [1], "the call went on"
         assert len(scorer.calls) == 1
+
+
+class ExpectingScorer(FakeScorer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def expecting(self, prompt: Messages) -> AsyncIterator[None]:
+        self.expected.append(f"begin {prompt[0]['content']}")
+        yield
+        self.expected.append("end")
+
+
+async def test_a_scorer_that_can_get_ready_is_told_what_to_expect() -> None:
+    scorer = ExpectingScorer()
+    async with hearing(scorer):
+        assert not scorer.expected, "it is not loaded yet"
+    await scorer.start()
+    async with hearing(scorer) as opened:
+        assert scorer.expected == ["begin Say"]
+        assert await rewards(opened, GOOD) == [1]
+    assert scorer.expected == ["begin Say", "end"]
+
+
+async def test_or_not_where_it_would_only_be_in_the_way() -> None:
+    scorer = ExpectingScorer()
+    await scorer.start()
+    part = PromptPart([{"role": "user", "content": "Say"}])
+    async with Judge(scorer, Rules(), "error", strips_echo=False, expects=False).hearing(part) as opened:
+        assert await rewards(opened, GOOD) == [1]
+    assert not scorer.expected

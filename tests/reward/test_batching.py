@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from reward.batching import BatchingOptions, BatchingWorker
+from reward.batching import BatchingOptions
+from reward.batching_worker import BatchingWorker
 from reward.errors import QueueFullError, ScoringError
 
 Item = str
@@ -47,7 +48,7 @@ async def running(
     on_depth: Callable[[int], None] = lambda depth: None, **limits: int
 ) -> AsyncIterator[tuple[Device, BatchingWorker[Item, float]]]:
     device = Device()
-    worker = BatchingWorker(device, BatchingOptions(**limits), on_depth)
+    worker = BatchingWorker([device], BatchingOptions(**limits), on_depth)
     worker.start()
     try:
         yield device, worker
@@ -163,7 +164,7 @@ async def test_a_device_that_miscounts_is_an_error_not_a_mix_up() -> None:
     async def short(items: Sequence[Item]) -> list[float]:
         return [0.0] * (len(items) - 1)
 
-    worker = BatchingWorker(short, BatchingOptions())
+    worker = BatchingWorker([short], BatchingOptions())
     worker.start()
     with pytest.raises(ScoringError, match="0 rewards for 1 completions"):
         await worker.submit(["x", "xx"])
@@ -222,7 +223,7 @@ async def test_closing_while_a_failing_batch_is_halved_answers_everyone() -> Non
 
 
 async def test_a_worker_that_was_not_started_refuses() -> None:
-    worker = BatchingWorker(Device(), BatchingOptions())
+    worker = BatchingWorker([Device()], BatchingOptions())
     with pytest.raises(ScoringError):
         await worker.submit(["x"])
     await worker.aclose()

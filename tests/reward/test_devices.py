@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reward.devices import DeviceError, choose_device, choose_dtype
+from reward.devices import DeviceError, choose_device, choose_dtype, each_device
 
 
 @pytest.fixture
@@ -55,3 +55,10 @@ def test_dtypes_have_several_spellings(name: str, expected: torch.dtype) -> None
 def test_an_unknown_dtype_lists_the_known_ones() -> None:
     with pytest.raises(DeviceError, match="bfloat16, float16, float32"):
         choose_dtype("int8", torch.device("cpu"))
+
+
+def test_all_stands_for_every_gpu_or_else_for_the_best_there_is(machine: pytest.MonkeyPatch) -> None:
+    assert each_device(["cuda:0", "cpu"]) == ["cuda:0", "cpu"]
+    assert each_device(["all"]) == ["auto"]
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    assert each_device(["all"]) == ["cuda:0", "cuda:1"]

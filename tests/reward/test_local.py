@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 import reward.model
 from feedback.records import Message, Messages
 from reward.batching import BatchingOptions
+from reward.devices import DeviceError
 from reward.errors import InputError, ModelLoadError, QueueFullError, ScoringError
 from reward.local import LocalScorer
 from reward.manifest import Head, Manifest
@@ -72,7 +73,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> list[GatedModel]:
         model = load_reward_model(*args, **options)
         assert isinstance(model.network, ClassifierRewardModel)
         gates.append(GatedModel(model.network.classifier))
-        model.network = ClassifierRewardModel(gates[0])  # type: ignore[arg-type]  # called like the module it wraps
+        model.network = ClassifierRewardModel(gates[-1])  # type: ignore[arg-type]  # called like the module it wraps
         return model
 
     monkeypatch.setattr(reward.model, "load_reward_model", load_gated)
@@ -356,3 +357,43 @@ async def test_two_hundred_callers_some_of_whom_leave_get_their_own_rewards(tiny
         else:
             assert isinstance(outcome, list)
             assert [score.raw_reward for score in outcome] == pytest.approx(expected[index % 9], abs=1e-4)
+
+
+async def test_copies_on_several_devices_give_the_same_rewards_and_all_work(
+    tiny_reward: TinyReward, gate: list[GatedModel]
+) -> None:
+    async with started(tiny_reward("bert")) as scorer:
+        gate[0].open()
+        expected = [score.raw_reward for score in await scorer.score(QUESTION, ANSWERS)]
+    async with started(
+        tiny_reward("bert"), devices=("cpu", "cpu"), batching=BatchingOptions(max_batch_size=2)
+    ) as scorer:
+        scoring = asyncio.create_task(scorer.score(QUESTION, ANSWERS))
+        for one in gate[1:]:
+            await enter(one)
+            assert not scoring.done()
+        for one in gate[1:]:
+            one.open()
+        assert [score.raw_reward for score in await scoring] == pytest.approx(expected, abs=1e-5)
+
+
+async def test_a_copy_that_fails_does_not_take_the_others_down(
+    tiny_reward: TinyReward, gate: list[GatedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(tiny_reward("bert"), devices=("cpu", "cpu")) as scorer:
+        for one in gate:
+            one.open()
+        gate[0].errors = [RuntimeError("device lost")] * 100
+        for _ in range(8):
+            assert len(await scorer.score(QUESTION, ANSWERS)) == 3
+        assert scorer.ready
+        assert 0 < len(gate[0].batch_sizes) < 20
+    assert "gets no more work" in caplog.text
+
+
+async def test_of_several_devices_one_that_is_not_there_is_told(normalised: Path) -> None:
+    scorer = LocalScorer(str(normalised), devices=("cpu", "cuda:99"))
+    with pytest.raises(DeviceError, match="cuda:99"):
+        await scorer.start()
+    assert not scorer.ready
+    await scorer.aclose()

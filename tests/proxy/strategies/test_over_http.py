@@ -106,6 +106,13 @@ def test_candidates_are_scored_while_another_is_still_written(start_proxy: Start
     assert sum(len(completions) for _, completions in proxy.scorer.scored) == 3, "two say the same"
 
 
+def test_or_all_together_after_the_last(start_proxy: StartProxy) -> None:
+    proxy = start_proxy(upstream={"n_mode": "parallel"}, route={"score_early": False})
+    proxy.upstream.script = lambda received: Reply(texts=("bad", "good", "so", "so so"))
+    assert text_of(ask(proxy), False) == "good"
+    assert [len(completions) for _, completions in proxy.scorer.scored] == [4]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 class TestQuorum:
     def test_enough_candidates_end_the_waiting_and_cancel_the_rest(self, proxy: RunningProxy, stream: bool) -> None:
