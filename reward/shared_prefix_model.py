@@ -110,8 +110,11 @@ class SharedPrefixModel:
             torch.cat([*(entry.hidden[layer][:count] for entry, count in made.known), new[0]])
             for layer, new in enumerate(hidden)
         ]
-        self._remember(made, hidden)
-        return self._rewards(states, made, items)
+        rewards = self._rewards(states, made, items)
+        # Where attention masks by a weight of 0, a NaN reaches the tokens before it, too: what others share with it.
+        if bool(torch.isfinite(rewards).all()):
+            self._remember(made, hidden)
+        return rewards
 
     def _remember(self, made: Pack, hidden: Sequence[Tensor]) -> None:
         for crossing in made.crossings:
