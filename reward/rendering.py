@@ -98,17 +98,21 @@ class Renderer:
         return self._fit(ids, _start_of_completion(encoded["offset_mapping"], boundary, len(ids)))
 
     def render_text(self, text: str, prompt: str | None = None) -> Rendered:
-        """Text that is templated already, special tokens included, as it stands: nothing is added.
+        """Text that is templated already, special tokens included, as it stands.
 
-        `prompt` is the beginning of `text` that is no completion; without it, the completion is what follows the last
-        heading of an assistant's turn, by the tokenizer's own chat template. Raises `InputError` where that is not
-        found, or the text is empty.
+        Only the space is added that the template puts behind a turn's end: whoever writes a turn stops before it, and
+        the reward would not be that of the same messages. `prompt` is the beginning of `text` that is no completion;
+        without it, the completion is what follows the last heading of an assistant's turn, by the tokenizer's own chat
+        template. Raises `InputError` where that is not found, or the text is empty.
         """
         if not text:
             raise InputError("the text is empty")
         if prompt is not None and not text.startswith(prompt):
             raise InputError("the text does not begin with its prompt")
         boundary = len(prompt) if prompt is not None else self._last_turn(text)
+        end, space = self._turn_end
+        if end and text.endswith(end):
+            text += space
         encoded = self._encode(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = list(encoded["input_ids"])
         return self._fit(ids, _start_of_completion(encoded["offset_mapping"], boundary, len(ids)))
@@ -133,6 +137,18 @@ class Renderer:
         without = self._tokenizer.apply_chat_template(asked, tokenize=False)
         with_heading: str = self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return with_heading.removeprefix(without) if with_heading.startswith(without) else ""
+
+    @cached_property
+    def _turn_end(self) -> tuple[str, str]:
+        """What the chat template puts behind an assistant's answer: its mark, and space after that."""
+        if self.template != "chat":
+            return "", ""
+        answer = "4711"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        whole: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        behind = whole.rpartition(answer)[2]
+        mark = behind.rstrip()
+        return mark, behind[len(mark) :]
 
     def _fit(self, ids: list[int], start: int) -> Rendered:
         prompt, completion = ids[:start], ids[start:]

@@ -369,6 +369,16 @@ def test_text_templated_elsewhere_is_the_same_sequence(prompt: list[Message], an
     assert renderer.render_text(whole, asked) == expected
     # Without its prompt, by the heading of the last assistant's turn.
     assert renderer.render_text(whole) == expected
+    # Whoever writes a turn stops at its mark, before the line's end that the template puts behind it.
+    assert whole.endswith("<|im_end|>\n")
+    assert renderer.render_text(whole[:-1], asked) == expected
+
+
+def test_text_whose_turn_has_not_ended_is_scored_as_it_stands() -> None:
+    renderer = Renderer(TOKENIZER, "chat", 64)
+    asked: Any = TOKENIZER.apply_chat_template([user("Why?")], tokenize=False, add_generation_prompt=True)
+    cut_off = renderer.render_text(asked + "Because", asked)
+    assert TOKENIZER.decode(cut_off.ids) == asked + "Because"
 
 
 def test_where_the_completion_begins_must_be_told_or_seen() -> None:
