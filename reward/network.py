@@ -40,7 +40,7 @@ class GatedHead(nn.Module):
         return cast(Tensor, (self.experts(pooled) * shares).sum(dim=-1, keepdim=True))
 
 
-AnyHead = nn.Linear | GatedHead | ManyHeads
+AnyHead = nn.Linear | nn.Sequential | GatedHead | ManyHeads
 
 
 class PooledRewardModel(nn.Module):

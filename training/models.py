@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from reward.bases import PACKAGE_SCHEME, quiet_loading, resolve_base
+from reward.loading import HEAD_FILE
 from reward.manifest import Head
-from reward.model import HEAD_FILE, choose_max_length, choose_template
+from reward.model import choose_max_length, choose_template
 from reward.network import (
     ClassifierRewardModel,
     GatedHead,

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from feedback.records import Message, Messages
 from reward.ensembles import aggregate
+from reward.loading import HEAD_FILE
 from reward.local import LocalScorer
 from reward.manifest import Aggregate, Head, Manifest
-from reward.model import HEAD_FILE
 from reward.network import build_head
 from reward.normalisation import Normalisation
 from reward.scorer import Score

@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from feedback.records import Message
 from reward.errors import ModelLoadError
+from reward.loading import HEAD_FILE
 from reward.manifest import Head, Manifest
-from reward.model import HEAD_FILE, RewardModel, load_reward_model
+from reward.model import RewardModel, load_reward_model
 from reward.network import batches_by_length, build_head, collate, pool
 from reward.rendering import Rendered
 from tests.fakes.models import build_tiny_causal_lm, build_tiny_encoder_reward_model
