@@ -1,5 +1,8 @@
 """Fine-tuning services over real HTTP: OpenAI's shape by its published OpenAPI document, Together's and Fireworks'.
 
+What is asked of OpenAI's, and what it answers, is held against the types that the `openai` library has from that
+document.
+
 All three stand at one address, under `/v1`, `/together/v1` and `/fireworks/v1`. A job moves on by one stage of
 `stages` whenever it is looked at. `fail` scripts faults of the calls that come next.
 """
@@ -7,8 +10,6 @@ All three stand at one address, under `/v1`, `/together/v1` and `/fireworks/v1`.
 from __future__ import annotations
 
 import asyncio
-import email.parser
-import email.policy
 import itertools
 import json
 import re
@@ -18,51 +19,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
+from openai.types import FileObject
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.job_create_params import JobCreateParams
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from tests.fakes.finetuning_calls import Call, Refused, break_off, page
 from tests.fakes.upstream import _lifespan, _send
 
 KEY = "sk-the-secret-key-of-the-tests"
 Kind = Literal["busy", "broken", "lost", "cut"]
 """429 with retry-after; 500; done, but the answer breaks off; nothing done, and the connection breaks off."""
-
-
-class Refused(Exception):
-    """What a service answers instead."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-
-
-@dataclass
-class Call:
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    raw: bytes
-
-    @property
-    def json(self) -> dict[str, Any]:
-        body = json.loads(self.raw)
-        assert isinstance(body, dict)
-        return body
-
-    @property
-    def form(self) -> tuple[dict[str, str], str, bytes]:
-        """Fields, the file's name, the file."""
-        assert self.headers["content-type"].startswith("multipart/form-data; boundary=")
-        head = f"content-type: {self.headers['content-type']}\r\n\r\n".encode()
-        message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + self.raw)
-        fields, name, content = {}, "", b""
-        for part in message.iter_parts():
-            payload = part.get_payload(decode=True)
-            assert isinstance(payload, bytes)
-            if part.get_filename():
-                name, content = str(part.get_filename()), payload
-            else:
-                fields[str(part.get_param("name", header="content-disposition"))] = payload.decode()
-        return fields, name, content
 
 
 @dataclass
@@ -106,7 +74,7 @@ class FakeFineTuning:
         name = f"{scope['method']} {scope['path']}"
         fault = self._faults[name].pop(0) if self._faults.get(name) else None
         if fault == "cut":
-            await _break_off(send)
+            await break_off(send)
         call = await self._take(scope, receive)
         self.calls.append(call)
         if fault == "busy":
@@ -121,7 +89,7 @@ class FakeFineTuning:
             self.reached.set()
             await asyncio.to_thread(self._released.wait, 60)
         if fault == "lost":
-            await _break_off(send)
+            await break_off(send)
         await _send(send, status, json.dumps(body).encode(), {})
 
     async def _take(self, scope: Any, receive: Any) -> Call:
@@ -154,7 +122,8 @@ class FakeFineTuning:
         fields, name, content = call.form
         if fields.get("purpose") != "fine-tune" or not name.endswith(".jsonl"):
             raise Refused(400, "fine-tune files are .jsonl")
-        return self._keep(name, content, {"status": "error" if self.refuses_files else "uploaded"})
+        kept = self._keep(name, content, {"status": "error" if self.refuses_files else "uploaded"})
+        return _as(FileObject, kept)
 
     def _keep(self, name: str, content: bytes, more: dict[str, Any]) -> dict[str, Any]:
         file = {
@@ -171,7 +140,7 @@ class FakeFineTuning:
         return file
 
     def list_files(self, call: Call) -> dict[str, Any]:
-        return _page(list(reversed(self.files.values())), call)
+        return page(list(reversed(self.files.values())), call)
 
     def file(self, call: Call, file: str) -> dict[str, Any]:
         found = self._known(self.files, file)
@@ -182,6 +151,10 @@ class FakeFineTuning:
 
     def create(self, call: Call) -> dict[str, Any]:
         body = call.json
+        try:
+            _CREATE.validate_python(body)
+        except ValidationError as error:
+            raise Refused(400, str(error)) from error
         unknown = set(body) - _CREATE_FIELDS
         if unknown:
             raise Refused(400, f"Unrecognized request arguments: {sorted(unknown)}")
@@ -211,10 +184,10 @@ class FakeFineTuning:
             **body,
         }
         self.jobs[job["id"]] = job
-        return job
+        return _as(FineTuningJob, job)
 
     def list_jobs(self, call: Call) -> dict[str, Any]:
-        return _page(list(reversed(self.jobs.values())), call)
+        return page(list(reversed(self.jobs.values())), call)
 
     def job(self, call: Call, job: str) -> dict[str, Any]:
         found = self._known(self.jobs, job)
@@ -224,7 +197,7 @@ class FakeFineTuning:
             found |= {"fine_tuned_model": f"ft:{found['model']}:org::{job}", "trained_tokens": 4321}
         if stage == "failed":
             found["error"] = {"code": "bad", "message": "the data taught nothing", "param": "training_file"}
-        return found
+        return _as(FineTuningJob, found)
 
     def _stage(self, job: str, now: str) -> str:
         if now.lower() in ("cancelled", "job_state_cancelled"):
@@ -247,7 +220,7 @@ class FakeFineTuning:
             }
             for number in range(self._looks.get(job, -1) + 1)
         ]
-        return _page(list(reversed(happened)), call)
+        return page([_as(FineTuningJobEvent, event) for event in reversed(happened)], call)
 
     def checkpoints(self, call: Call, job: str) -> dict[str, Any]:
         self._known(self.jobs, job)
@@ -260,7 +233,7 @@ class FakeFineTuning:
             "step_number": 2,
             "metrics": {"step": 2, "train_loss": 0.5, "valid_loss": 0.75},
         }
-        return {"object": "list", "data": [checkpoint], "has_more": False}
+        return {"object": "list", "data": [_as(FineTuningJobCheckpoint, checkpoint)], "has_more": False}
 
     def cancel(self, call: Call, job: str) -> dict[str, Any]:
         found = self._known(self.jobs, job)
@@ -363,6 +336,7 @@ class FakeFineTuning:
         return records[name]
 
 
+_CREATE = TypeAdapter(JobCreateParams)
 _CREATE_FIELDS = {
     *("model", "training_file", "validation_file", "suffix", "seed", "metadata", "method", "hyperparameters"),
     "integrations",
@@ -396,16 +370,7 @@ _ROUTES: list[tuple[str, Any]] = [
 ]
 
 
-def _page(newest_first: list[dict[str, Any]], call: Call) -> dict[str, Any]:
-    """A page as the API gives it: after an id, at most `limit`. Small ones, so that clients must turn them."""
-    limit = min(int(call.query.get("limit", 2)), 2)
-    places = [place for place, one in enumerate(newest_first) if one["id"] == call.query.get("after")]
-    rest = newest_first[places[0] + 1 :] if places else newest_first
-    return {"object": "list", "data": rest[:limit], "has_more": len(rest) > limit}
-
-
-async def _break_off(send: Any) -> None:
-    """An answer of which the server sends no more than the head."""
-    head = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
-    await send({"type": "http.response.start", "status": 200, "headers": head})
-    raise ConnectionError("scripted")
+def _as(kind: type[BaseModel], answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, after a look whether the document allows it."""
+    kind.model_validate(answer)
+    return answer

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.fakes.finetuning import KEY, FakeFineTuning
 from tests.fakes.serving import serving
@@ -20,6 +22,7 @@ from training.hosted.options import HostedOptions
 from training.hosted.prepare import Prepared, prepare
 from training.hosted.providers import Event, JobStatus, ProviderError
 from training.hosted.services import connect
+from training.hosted.transport import Unfinished, made_once
 from training.options import OptionsError
 
 PROVIDERS = ("openai", "azure", "nebius", "together", "fireworks")
@@ -177,6 +180,38 @@ def test_a_new_process_finds_what_the_last_one_left(provider: str, fault: Any, p
     place.create(prepared)
     assert len(place.fake.files) == len(place.fake.contents) == 2
     assert len(place.fake.jobs) == 1
+
+
+OUTCOMES = st.lists(st.lists(st.sampled_from(["well", "busy", "lost", "cut"]), max_size=4), min_size=1, max_size=4)
+
+
+@given(OUTCOMES)
+def test_no_order_of_failures_makes_a_thing_twice(processes: list[list[str]]) -> None:
+    """Processes one after another, each with what happens to its tries; the first knows that none was before it."""
+    things: list[str] = []
+    coming: list[str] = []
+
+    def make() -> str:
+        outcome = coming.pop(0) if coming else "well"
+        if outcome in ("well", "lost"):
+            things.append(f"thing-{len(things)}")
+        if outcome != "well":
+            raise Unfinished(outcome, doubtful=outcome != "busy")
+        return things[-1]
+
+    def find() -> str | None:
+        return things[0] if things else None
+
+    made = None
+    for number, outcomes in enumerate(processes):
+        coming[:] = outcomes
+        try:
+            made = made_once(make, find, doubtful=number > 0, max_tries=2, wait=no_wait)
+        except Unfinished:
+            continue
+        assert made == "thing-0"
+    assert len(things) <= 1
+    assert (made is not None) or not things
 
 
 def test_a_killed_process_has_uploaded_once(place: Place) -> None:

@@ -47,7 +47,7 @@ def test_only_the_completion_is_learnt_unless_asked() -> None:
     (line,) = lines(record)
     assert line["messages"][0] == said("system", "Be brief.")
     assert [message.get("weight") for message in line["messages"]] == [None, None, 0, None, None]
-    (line,) = lines(record, train_on="all")
+    (line,) = lines(record, every_turn=True)
     assert [message.get("weight") for message in line["messages"]] == [None] * 5
     turns[2]["weight"] = 1
     (line,) = lines(record)
@@ -151,11 +151,11 @@ TURNS = [said("user", "u"), said("assistant", "a"), said("user", "v")]
         ("together", {"prompt": TURNS, "completion": "c"}, None),
         ("openai", {"prompt": TURNS[1:], "completion": "c"}, None),
         ("nebius", {"prompt": TURNS, "completion": "c"}, "prompt"),
-        ("nebius", {"prompt": TURNS, "completion": "c", "train_on": "all"}, None),
+        ("nebius", {"prompt": TURNS, "completion": "c", "every_turn": True}, None),
     ],
 )
 def test_what_breaks_a_providers_rule_is_named(provider: str, record: dict[str, Any], field: str | None) -> None:
-    settings = {name: record[name] for name in ("method", "train_on") if name in record}
+    settings = {name: record[name] for name in ("method", "every_turn") if name in record}
     record = {name: value for name, value in record.items() if name not in settings}
     if field is None:
         assert rows(record, provider, **settings)
@@ -167,6 +167,6 @@ def test_what_breaks_a_providers_rule_is_named(provider: str, record: dict[str, 
 
 def test_weights_do_not_hide_that_a_prompt_is_the_same() -> None:
     plain = rows({"prompt": TURNS, "completion": "c"})[0]
-    whole = rows({"prompt": TURNS, "completion": "c"}, train_on="all")[0]
+    whole = rows({"prompt": TURNS, "completion": "c"}, every_turn=True)[0]
     assert plain.prompt_key == whole.prompt_key
     assert plain.key != whole.key

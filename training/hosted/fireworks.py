@@ -6,7 +6,7 @@ Names of datasets, jobs and models are ours to choose, so that nothing can be ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Fireworks:
             progress=share / 100 if isinstance(share, int | float) else None,
         )
 
-    def events(self, job: str) -> list[Event]:
+    def events(self, job: str, known: Container[str] = ()) -> list[Event]:
         """The service keeps none."""
         return []
 
@@ -138,6 +138,6 @@ class Fireworks:
 
     def cancel(self, job: str) -> None:
         try:
-            self._calls.post(f"{self._jobs}/{job}:cancel", {})
+            self._calls.post(f"{self._jobs}/{job}:cancel", {}, repeatable=True)
         except NotThere as error:
             raise ProviderError(f"{error} (the job is gone)") from error

@@ -129,7 +129,7 @@ def followed(
     while True:
         try:
             status = provider.status(job)
-            events = [event for event in provider.events(job) if event.id not in told]
+            events = provider.events(job, told)
         except Unfinished:
             failures += 1
             if failures >= max_tries:

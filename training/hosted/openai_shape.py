@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,12 @@ class OpenAIShape:
             finishes_at=found.estimated_finish,
         )
 
-    def events(self, job: str) -> list[Event]:
+    def events(self, job: str, known: Container[str] = ()) -> list[Event]:
         with self._calls.telling(f"GET /fine_tuning/jobs/{job}/events"):
-            found = list(islice(self._calls.client.fine_tuning.jobs.list_events(job, limit=100), MOST_LISTED))
-        # Newest first over there; of the same second, the later in the list happened earlier.
+            # Newest first: behind a known one stand only known ones.
+            listed = islice(self._calls.client.fine_tuning.jobs.list_events(job, limit=100), MOST_LISTED)
+            found = list(takewhile(lambda event: event.id not in known, listed))
+        # Of the same second, the later in the list happened earlier.
         found.reverse()
         return [
             Event(one.id, utc(one.created_at), one.level, one.message, numbers(one.data))

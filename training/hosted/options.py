@@ -33,8 +33,8 @@ class HostedOptions(Options):
 
     pairs: Literal["all", "best_worst"] = "all"
     """Of a ranking: every pair that is not tied, or only the best against the worst, which costs less."""
-    train_on: Literal["completion", "all"] = "completion"
-    """For `sft`, what is learnt: the completion alone, or earlier assistant messages of the prompt too."""
+    every_turn: bool = False
+    """For `sft`: learn from the assistant's turns in the prompt too, not from the completion only."""
     epochs: int | None = Field(default=None, ge=1, le=50)
     """Passes over the data."""
     batch_size: int | None = Field(default=None, ge=1)

@@ -129,16 +129,17 @@ def load_prepared(folder: Path) -> Prepared:
     try:
         record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         options = HostedOptions.model_validate(record["options"])
-        train, validation = (
-            None if facts is None else SplitFacts(**{**facts, "skipped": tuple(facts["skipped"])})
-            for facts in (record["train"], record["validation"])
-        )
-        assert train is not None
+        train = _split_facts(record["train"])
+        validation = None if record["validation"] is None else _split_facts(record["validation"])
     except FileNotFoundError as error:
         raise OptionsError(f"{folder}: no {FACTS_FILE} there: run `winnow hosted prepare` first") from error
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise OptionsError(f"{folder / FACTS_FILE}: cannot be read ({error}): prepare again") from error
     return Prepared(options, train, validation, folder)
+
+
+def _split_facts(record: dict[str, Any]) -> SplitFacts:
+    return SplitFacts(**{**record, "skipped": tuple(record["skipped"])})
 
 
 def check_files(prepared: Prepared) -> None:

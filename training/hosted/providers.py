@@ -6,7 +6,7 @@ errors to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -76,7 +76,7 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in a job, oldest first."""
+    """Something that happened in a job."""
 
     id: str
     at: str
@@ -128,8 +128,8 @@ class Provider(Protocol):
     def status(self, job: str) -> JobStatus:
         """How the job stands."""
 
-    def events(self, job: str) -> list[Event]:
-        """What happened so far."""
+    def events(self, job: str, known: Container[str] = ()) -> list[Event]:
+        """What happened so far, oldest first, without the events whose ids are known."""
 
     def checkpoints(self, job: str) -> list[Checkpoint]:
         """Its checkpoints, if the service keeps any."""

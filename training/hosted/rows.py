@@ -61,7 +61,7 @@ def converter(options: HostedOptions, rules: Rules) -> Callable[[Mapping[str, An
 
 
 def _demonstration(record: Mapping[str, Any], options: HostedOptions, rules: Rules) -> Converted:
-    """With `train_on: completion` the prompt's own assistant messages weigh nothing, unless they say otherwise."""
+    """Without `every_turn` the prompt's own assistant messages weigh nothing, unless they say otherwise."""
     if "chosen" in record or "ranks" in record:
         raise RecordError("record", "is a preference or ranking: set method: dpo, or give demonstrations")
     parsed = parse_demonstration(record)
@@ -74,11 +74,11 @@ def _demonstration(record: Mapping[str, Any], options: HostedOptions, rules: Rul
     _check_completion(completion, end_name)
     _check_turns([*prompt, *completion], prompt_name, rules)
     _check_calls([*prompt, *completion], prompt_name, tools)
-    if options.train_on == "completion" and any(message["role"] == "assistant" for message in prompt):
+    if not options.every_turn and any(message["role"] == "assistant" for message in prompt):
         if not rules.weights:
             raise RecordError(
                 prompt_name,
-                f"holds assistant messages, which {options.provider} cannot leave unlearnt: set train_on: all",
+                f"holds assistant messages, which {options.provider} cannot leave unlearnt: set every_turn: true",
             )
         prompt = [{"weight": 0} | message if message["role"] == "assistant" else message for message in prompt]
     if all(message.get("weight") == 0 for message in [*prompt, *completion] if message["role"] == "assistant"):

@@ -82,7 +82,8 @@ SERVICES: Mapping[ProviderName, Service] = {
             max_file_bytes=150 * _MIB,
             weights=True,
             dpo_validation=False,
-            max_suffix=40,
+            # Of an id of 63 characters, 24 are the run's.
+            max_suffix=39,
         ),
         "https://api.fireworks.ai/v1",
         "FIREWORKS_API_KEY",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,15 @@ class Together:
             trained_tokens=tokens if isinstance(tokens, int) else None,
         )
 
-    def events(self, job: str) -> list[Event]:
-        return _events(_records(self._calls.get(f"/fine-tunes/{job}/events")))
+    def events(self, job: str, known: Container[str] = ()) -> list[Event]:
+        events = _events(_records(self._calls.get(f"/fine-tunes/{job}/events")))
+        return [event for event in events if event.id not in known]
 
     def checkpoints(self, job: str) -> list[Checkpoint]:
         return []
 
     def cancel(self, job: str) -> None:
-        self._calls.post(f"/fine-tunes/{job}/cancel", {})
+        self._calls.post(f"/fine-tunes/{job}/cancel", {}, repeatable=True)
 
 
 def _events(listed: object) -> list[Event]:

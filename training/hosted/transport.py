@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Calls:
     """A client of one service. `json` and `upload` are for the shapes that the library has no names for."""
 
     client: openai.OpenAI
-    key: str
+    key: str = field(repr=False)
 
     @classmethod
     @contextmanager
@@ -79,11 +79,14 @@ class Calls:
             options: Any = {"params": dict(query)} if query else {}
             return _object(self.client.get(path, cast_to=object, options=options), path)
 
-    def post(self, path: str, body: Mapping[str, Any], query: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A JSON object, in one try. Raises `Unfinished` or `ProviderError`."""
+    def post(
+        self, path: str, body: Mapping[str, Any], query: Mapping[str, Any] | None = None, *, repeatable: bool = False
+    ) -> dict[str, Any]:
+        """A JSON object; in one try, unless it does no harm twice. Raises `Unfinished` or `ProviderError`."""
         with self.telling(f"POST {path}"):
             options: Any = {"params": dict(query)} if query else {}
-            return _object(self.once.post(path, cast_to=object, body=dict(body), options=options), path)
+            client = self.client if repeatable else self.once
+            return _object(client.post(path, cast_to=object, body=dict(body), options=options), path)
 
     def upload(self, path: str, file: Path, name: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """A multipart upload, in one try. Raises `Unfinished` or `ProviderError`."""

@@ -204,7 +204,8 @@ def _show_prepared(prepared: Prepared) -> None:
     )
     console.print(f"tokens are {how}; of a pair both conversations count", markup=False)
     if prepared.dollars is not None:
-        passes = f"{prepared.passes} passes" if options.epochs else "one pass (the provider may make more)"
+        passes = "one pass" if prepared.passes == 1 else f"{prepared.passes} passes"
+        passes += "" if options.epochs else " (the provider may make more)"
         console.print(f"about {prepared.dollars:.2f} dollars for {passes}", markup=False)
     for _, facts in splits:
         for problem in facts.skipped:
