@@ -19,12 +19,16 @@ from pydantic_core import PydanticUndefined
 
 from proxy.config import ENV_PREFIX, Settings
 from training.hosted.options import HostedOptions
+from training.dpo import DpoOptions
 from training.options import RewardOptions
+from training.sft import SftOptions
 from winnow.__main__ import command_tree
 
 HERE = Path(__file__).parent
 TRAINERS: Mapping[str, tuple[type[BaseModel], str]] = {
     "reward": (RewardOptions, "[Reward models](reward-models.md)"),
+    "sft": (SftOptions, "[Training language models](training.md#demonstrations)"),
+    "dpo": (DpoOptions, "[Training language models](training.md#preferences-without-a-reward-model)"),
 }
 """Settings of each `winnow train`, and the page that explains them."""
 _NOTICE = (

@@ -24,6 +24,7 @@ from proxy.routes.feedback import FeedbackRequest
 from proxy.routes.score import ScoreRequest
 from reward.manifest import Manifest
 from reward.metrics import ScoreMetrics
+from training.fitting import DECIDING
 from training.hosted.options import HostedOptions
 from training.options import RewardOptions
 
@@ -115,6 +116,23 @@ def test_every_member_of_the_manifest_and_every_training_metric_is_documented() 
     logged = set(logged_metrics(ROOT / "training" / "reward_model.py"))
     assert {"loss", "validation_accuracy"} <= logged
     assert [name for name in sorted(logged) if f"| `{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_every_metric_of_the_trainers_of_policies_is_documented(method: str) -> None:
+    section = read("training.md").partition({"sft": "## Demonstrations", "dpo": "## Preferences"}[method])[2]
+    rows = "".join(re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE))
+    logged = set(returned_metrics(ROOT / "training" / f"{method}.py")) | {"grad_norm", "learning_rate"}
+    assert {"loss", "validation_loss"} <= logged
+    assert [name for name in sorted(logged) if f"`{name}`" not in rows] == []
+
+
+def returned_metrics(source: Path) -> Iterator[str]:
+    """Keys of the dictionaries that functions return; the deciding one is named by a constant."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
+            for key in node.value.keys:
+                yield DECIDING if isinstance(key, ast.Name) else str(key.value)  # type: ignore[union-attr]
 
 
 def logged_metrics(source: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -111,6 +112,8 @@ def accumulate(
     batches = list(micro_batches)
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(is_last)
         with nullcontext() if is_last else accelerator.no_sync(network):
-            # DDP averages gradients over processes; our losses are parts of one sum.
+            # DDP and FSDP average gradients over processes; our losses are parts of one sum.
             accelerator.backward(loss_of(batch) * accelerator.num_processes)

@@ -89,3 +89,29 @@ def clipped_value_loss(
         clipped = old + (kept - old).clamp(-clip_range, clip_range)
         errors = torch.maximum(errors, (clipped - wanted).square())
     return 0.5 * errors.sum()
+
+
+def dpo_losses(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    *,
+    margins: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Direct preference optimisation, pair by pair: (M,), in fp32.
+
+    loss = −log σ(β · (log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x)))
+
+    Rafailov et al. (arXiv 2305.18290, eq. 7). `chosen_logratios`, `rejected_logratios` (M,): log π − log π_ref, summed
+    over the tokens of the completion. With `label_smoothing` ε each pair is held to be the wrong way round with
+    probability ε (Mitchell 2023, conservative DPO, eq. 3). `margins` (M,): taken off β times the difference, as in DPO
+    with an offset (Amini et al., arXiv 2402.10571, eq. 8).
+    """
+    assert chosen_logratios.shape == rejected_logratios.shape
+    assert beta > 0 and 0 <= label_smoothing < 0.5
+    gaps = beta * (chosen_logratios.float() - rejected_logratios.float())
+    if margins is not None:
+        gaps = gaps - margins
+    # −log σ(x) = softplus(−x), and softplus(x) = softplus(−x) + x
+    return F.softplus(-gaps) + label_smoothing * gaps

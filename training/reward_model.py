@@ -30,9 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
-from feedback.jsonl import Skipped, read_records
-from feedback.rankings import ComparisonGroup, group_comparisons
-from feedback.records import Preference, Ranking, parse_preference, parse_ranking
+from feedback.jsonl import Skipped
 from reward.network import batches_by_length, collate
 from reward.rendering import Rendered
 from training.batches import (
@@ -45,6 +43,7 @@ from training.batches import (
 )
 from training.bootstrap import centre_heads, with_head_weights
 from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from training.comparisons import read_comparisons
 from training.evaluation import accuracy_of, pair_outcomes
 from training.frozen import fit_frozen
 from training.heads import domain_indices
@@ -112,20 +111,6 @@ def train_reward_model(options: RewardOptions) -> Path:
         publish(trainable, options, target=run / "model", **publishing)
     accelerator.wait_for_everyone()
     return run / "model"
-
-
-def read_comparisons(files: Sequence[str], skip_invalid: bool, skipped: Skipped) -> list[ComparisonGroup]:
-    """Preferences and rankings of files, gathered by prompt. Raises `DataError`."""
-
-    def parse(record: Any) -> Preference | Ranking:
-        return parse_ranking(record) if "ranks" in record else parse_preference(record)
-
-    groups: list[ComparisonGroup] = []
-    for file in files:
-        path = Path(file).expanduser()
-        records = read_records([path], parse, skipped if skip_invalid else None)
-        groups.extend(group_comparisons(records, default_source=path.name.split(".")[0]))
-    return groups
 
 
 @dataclass(frozen=True, slots=True)

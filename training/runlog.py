@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -12,6 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_NAME = "log.jsonl"
+SAMPLES_NAME = "samples.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt with what the policy made of it."""
+
+    prompt: str
+    completion: str
+    reward: float | None = None
+    """Where there is something that rewards."""
 
 
 class RunLog:
@@ -23,6 +35,7 @@ class RunLog:
         self._resumed_step = resumed_step
         self._folder = folder
         self._file: Any = None
+        self._samples: Any = None
         self._writer: Any = None
         # On stderr: stdout is for results.
         console = Console(stderr=True)
@@ -41,7 +54,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._open_log()
+            self._file = self._opened(LOG_NAME)
             self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._resumed_step + 1)
         self._progress.start()
         return self
@@ -52,10 +65,12 @@ class RunLog:
         self._progress.stop()
         if self._active:
             self._file.close()
+            if self._samples is not None:
+                self._samples.close()
             self._writer.close()
 
-    def _open_log(self) -> TextIO:
-        path = self._folder / LOG_NAME
+    def _opened(self, name: str) -> TextIO:
+        path = self._folder / name
         kept = []
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -78,6 +93,18 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Texts to look at, in a file of their own."""
+        if not self._active:
+            return
+        if self._samples is None:
+            self._samples = self._opened(SAMPLES_NAME)
+        for sample in samples:
+            self._samples.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
+        self._samples.flush()
+        for number, sample in enumerate(samples):
+            self._writer.add_text(f"sample_{number}", f"{sample.prompt}\n\n→ {sample.completion}", step)
 
     def note(self, text: str) -> None:
         """A line above the bars."""

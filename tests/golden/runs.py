@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 
+from feedback.jsonl import Skipped, write_records
 from tests.fakes.models import build_tiny_causal_lm
+from training.comparisons import read_comparisons
+from training.dpo import DpoOptions, train_dpo
 from training.options import RewardOptions
 from training.reward_model import train_reward_model
+from training.sft import SftOptions, train_sft
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
@@ -58,6 +62,49 @@ def reward_steps(name: str, home: Path) -> list[dict[str, float]]:
     return [{key: json.loads(line)[key] for key in ("step", "loss", "grad_norm")} for line in lines]
 
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "sft_full": {"learning_rate": 1e-3, "weight_decay": 0.01},
+    "sft_lora": {"learning_rate": 5e-3, "tuning": "lora", "lora": {"rank": 4, "dropout": 0.0}},
+    "dpo_full": {"learning_rate": 1e-3, "label_smoothing": 0.1, "max_length": 128},
+    "dpo_lora": {
+        "learning_rate": 5e-3,
+        "tuning": "lora",
+        "lora": {"rank": 4, "dropout": 0.0},
+        "reference": "adapter_off",
+        "max_length": 128,
+    },
+}
+"""Settings of each golden run of the trainers of policies; the better completions serve as demonstrations."""
+
+
+def policy_steps(name: str, home: Path) -> list[dict[str, float]]:
+    """Loss and gradient norm (before clipping) of the first steps."""
+    torch.set_num_threads(1)
+    settings = {
+        "base": str(build_tiny_causal_lm(home / "base")),
+        "output": str(home / name),
+        "device": "cpu",
+        "max_length": 256,
+        "global_batch_size": 8,
+        "micro_batch_tokens": 2048,
+        "warmup_share": 0.1,
+        "seed": 11,
+        **POLICIES[name],
+    }
+    comparisons = [str(DATA / f"{file}.jsonl.gz") for file in TRAIN]
+    if name.startswith("sft"):
+        groups = read_comparisons(comparisons, False, Skipped())
+        records = [{"prompt": g.prompt, "completion": g.completions[g.pairs[0].better]} for g in groups]
+        write_records(home / "demonstrations.jsonl", records)
+        settings |= {"train": [str(home / "demonstrations.jsonl")], "epochs": 8 * STEPS / len(records)}
+        train_sft(SftOptions.model_validate(settings))
+    else:
+        settings |= {"train": comparisons, "epochs": STEPS / 14}
+        train_dpo(DpoOptions.model_validate(settings))
+    lines = (home / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: json.loads(line)[key] for key in ("step", "loss", "grad_norm")} for line in lines]
+
+
 def golden(name: str) -> list[dict[str, float]]:
     """What is on record."""
     record: list[dict[str, float]] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
@@ -65,9 +112,10 @@ def golden(name: str) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    for name in REWARD:
+    for name in [*REWARD, *POLICIES]:
+        steps = reward_steps if name in REWARD else policy_steps
         with tempfile.TemporaryDirectory() as home:
-            lines = [json.dumps(step) for step in reward_steps(name, Path(home))]
+            lines = [json.dumps(step) for step in steps(name, Path(home))]
         (HERE / f"{name}.json").write_text("[\n " + ",\n ".join(lines) + "\n]\n", encoding="utf-8")
         print(f"{name}: {len(lines)} steps", file=sys.stderr)
 

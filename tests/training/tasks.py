@@ -16,8 +16,8 @@ from feedback.jsonl import Skipped
 from feedback.rankings import ComparisonGroup, Pair
 from feedback.records import Messages
 from reward.model import load_reward_model
+from training.comparisons import read_comparisons
 from training.options import RewardOptions
-from training.reward_model import read_comparisons
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ZIG, ZAG = "France", "lazy"

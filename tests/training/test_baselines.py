@@ -10,8 +10,8 @@ from feedback.jsonl import Skipped
 from feedback.rankings import ComparisonGroup, Pair
 from tests.training import tasks
 from training.baselines import WordsBaseline, own_words_rewards
+from training.comparisons import read_comparisons
 from training.evaluation import accuracy_of, pair_outcomes
-from training.reward_model import read_comparisons
 
 
 def comparisons(path: Path) -> list[ComparisonGroup]:

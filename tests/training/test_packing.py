@@ -21,10 +21,11 @@ from tests.fakes.models import Family, build_tiny_causal_lm, build_tiny_encoder_
 from tests.training import tasks
 from tests.training.conftest import Task
 from training.batches import EncodedGroup, encode_groups, flatten
+from training.comparisons import read_comparisons
 from training.losses import pairwise_ranking_loss
 from training.models import load_trainable
 from training.packing import Packing, choose_packing, pack, shared_length, split
-from training.reward_model import read_comparisons, train_reward_model
+from training.reward_model import train_reward_model
 
 CPU = torch.device("cpu")
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "gpt2")

@@ -18,10 +18,11 @@ from feedback.jsonl import Skipped
 from tests.training import tasks
 from tests.training.conftest import KINDS, Task
 from training.batches import encode_groups
+from training.comparisons import read_comparisons
 from training.features import compute_features, load_features
 from training.models import load_trainable
 from training.options import OptionsError, RewardOptions
-from training.reward_model import read_comparisons, train_reward_model
+from training.reward_model import train_reward_model
 
 GRADIENT: dict[str, Any] = {
     "learning_rate": 3e-3,

@@ -12,9 +12,10 @@ import torch
 from feedback.jsonl import Skipped
 from reward.model import load_reward_model
 from tests.fakes.models import build_tiny_causal_lm
+from training.comparisons import read_comparisons
 from training.evaluation import accuracy_of, pair_outcomes, wilson_interval
 from training.options import RewardOptions
-from training.reward_model import read_comparisons, train_reward_model
+from training.reward_model import train_reward_model
 from winnow.__main__ import run
 
 DATA = Path(__file__).parent.parent / "data"

@@ -81,7 +81,7 @@ class Reading:
             raise CommandError(str(error)) from error
 
     def _comparisons(self, files: Sequence[Path]) -> list[ComparisonGroup]:
-        from training.reward_model import read_comparisons
+        from training.comparisons import read_comparisons
 
         groups = read_comparisons([str(file) for file in files], self._skip_invalid, self.skipped)
         if files and not groups:

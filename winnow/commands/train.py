@@ -63,3 +63,35 @@ def train_reward(config: ConfigFile, override: Overrides = None) -> None:
 
         folder = train_reward_model(load_options(RewardOptions, config, override or []))
     _say(f"reward model in {folder}; its README.md says how good it is")
+
+
+@app.command("sft")
+def train_sft(config: ConfigFile, override: Overrides = None) -> None:
+    """Fine-tune a language model on demonstrations.
+
+    A killed run goes on where its last checkpoint was when the same command is given again.
+
+    Example: winnow train sft --config training/configs/sft.yaml --set output=runs/sft
+    """
+    with trainer():
+        from training.options import load_options
+        from training.sft import SftOptions, train_sft
+
+        folder = train_sft(load_options(SftOptions, config, override or []))
+    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+
+
+@app.command("dpo")
+def train_dpo(config: ConfigFile, override: Overrides = None) -> None:
+    """Train a language model on preferences and rankings directly, without a reward model.
+
+    A killed run goes on where its last checkpoint was when the same command is given again.
+
+    Example: winnow train dpo --config training/configs/dpo.yaml --set base=runs/sft/policy
+    """
+    with trainer():
+        from training.dpo import DpoOptions, train_dpo
+        from training.options import load_options
+
+        folder = train_dpo(load_options(DpoOptions, config, override or []))
+    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")

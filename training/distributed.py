@@ -1,0 +1,124 @@
+"""Where a network lives while it is trained: whole in each process (DDP), or spread over them (FSDP2).
+
+FSDP2 is torch's `fully_shard`, over gloo on CPUs as over NCCL on GPUs. accelerate's own FSDP is not used: on CPUs it
+trains unsharded and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.options import OptionsError
+
+ItemT = TypeVar("ItemT")
+PartT = TypeVar("PartT")
+
+Sharding = Literal["none", "fsdp2"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A network in its place."""
+
+    accelerator: Accelerator
+    network: Any
+    """To call where gradients are wanted."""
+    plain: Any
+    """To call where none are: without DDP's wrapper, which would wait for processes that have nothing to do."""
+    is_sharded: bool
+    """Each call is one of all processes together: all must make as many."""
+
+    def portions(
+        self, items: Sequence[ItemT], split: Callable[[Sequence[ItemT]], Sequence[PartT]]
+    ) -> list[tuple[PartT, float]]:
+        """This process's micro-batches of `items` with what they count for: 1, or 0 for those only made to take part.
+
+        `split` cuts one process's share into micro-batches. There is always one at least.
+        """
+        processes = self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        mine: list[tuple[PartT, float]] = [(part, 1.0) for part in split(items[rank::processes])]
+        wanted = max(len(split(items[each::processes])) for each in range(processes)) if self.is_sharded else 1
+        idle = wanted - len(mine)
+        return mine + [(split(items[:1])[0], 0.0)] * idle
+
+    def added_up(self, totals: Tensor) -> list[float]:
+        """Sums over all processes, number by number."""
+        summed: Any = self.accelerator.reduce(totals.detach().double(), reduction="sum")
+        numbers: list[float] = summed.tolist()
+        return numbers
+
+
+def place(accelerator: Accelerator, model: nn.Module, sharding: Sharding) -> Placement:
+    """Moves the model to its device and makes it ready for training in all processes.
+
+    Optimizers are built afterwards, from the model's parameters. Raises `OptionsError` when nothing could be sharded.
+    """
+    if sharding == "none":
+        network = accelerator.prepare(model)
+        return Placement(accelerator, network, accelerator.unwrap_model(network), is_sharded=False)
+    if accelerator.num_processes == 1:
+        raise OptionsError("sharding: fsdp2 spreads a model over several processes, and this is one: use torchrun")
+    _shard(model.to(accelerator.device), accelerator)
+    return Placement(accelerator, model, model, is_sharded=True)
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    formats = {"bf16": torch.bfloat16, "fp16": None}
+    if accelerator.mixed_precision == "fp16":
+        raise OptionsError("mixed_precision: fp16 does not go with sharding: fsdp2; use bf16")
+    policy = MixedPrecisionPolicy(param_dtype=formats.get(accelerator.mixed_precision))
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in [module for module in model.modules() if type(module).__name__ in _layer_names(model)]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # Resharded after a pass without gradients too: else whole weights would stand among the parameters.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise OptionsError("sharding: fsdp2 left some weights of this model unsharded")
+
+
+def _layer_names(model: Any) -> frozenset[str]:
+    """Classes of the layers that are gathered one at a time; empty where the model does not say."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    return frozenset(getattr(plain, "_no_split_modules", None) or ())
+
+
+def gathered(value: Any) -> Any:
+    """Nested containers with each shard put together, on the CPU. All processes must call it alike."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, Mapping):
+        return {key: gathered(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [gathered(member) for member in value]
+    return value
+
+
+def scattered(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as a shard of the kind that `like` is; as it is where `like` is whole."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
+def scattered_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as `gathered` gave it, for `optimizer.load_state_dict`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    members = {
+        number: {
+            name: scattered(value, parameters[number]) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in own.items()
+        }
+        for number, own in state["state"].items()
+    }
+    return {**state, "state": members}
