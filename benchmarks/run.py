@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encoders, gateway, gateway_memory, ranking, scoring
+from benchmarks import encoders, gateway, gateway_memory, ranking, scoring, waiting
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
@@ -28,6 +28,7 @@ _PARTS: dict[str, Callable[[], list[Table]]] = {
     "memory": gateway_memory.run,
     "scoring": scoring.run,
     "encoders": encoders.run,
+    "waiting": waiting.run,
     "ranking": ranking.run,
 }
 _FULL: dict[str, Callable[[], list[Table]]] = {"scoring": lambda: scoring.run(scoring.FULL)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring
+from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring, waiting
+from tests.fakes.models import build_tiny_reward_model
 
 
 def test_the_gateway_benchmark_runs_and_checks_its_answers() -> None:
@@ -61,6 +64,14 @@ def test_callers_of_an_encoder_differ_and_come_again() -> None:
     assert [len(pairs) for pairs in asked] == [3] * 5
     assert all(len({prompt for prompt, _ in pairs}) == 1 for pairs in asked)
     assert asked == encoders.requests(5, 3, seed=3) != encoders.requests(5, 3, seed=4)
+
+
+def test_what_is_left_to_wait_for_is_measured(tmp_path: Path) -> None:
+    folder = build_tiny_reward_model(tmp_path / "tiny")
+    shapes = [waiting.Shape(70, 2, gap_s, 8, first_s=0.0) for gap_s in (0.0, 0.001)]
+    (table,) = waiting.run(shapes, rounds=1, source=str(folder))
+    assert [row[:3] for row in table.rows] == [[70, 2, "at once"], [70, 2, "one in 0.001 s"]]
+    assert all(isinstance(figure, float) and figure > 0 for row in table.rows for figure in row[3:])
 
 
 def test_rankings_cost_the_same_loss_by_every_way() -> None:
