@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from feedback.environment import UnsetVariableError, interpolated
-from proxy.config import ENV_PREFIX, LOCAL, NamedRouteSettings, RewardSettings, RouteSettings, Settings, near_miss
+from proxy.config import ENV_PREFIX, LOCAL, NamedRouteSettings, RouteSettings, Settings, near_miss
 from proxy.config_operations import Section
+from proxy.config_reward import RewardSettings
 
 
 class ConfigError(Exception):

@@ -1,4 +1,4 @@
-"""Settings of what runs beside the answers: prices, the feedback store, traces, logs. And what a section of them is."""
+"""Settings of what runs beside the answers: prices, the feedback store, traces, logs. And what sections are made of."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ class Section(BaseModel):
     """Settings that belong together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def at_commas(value: object) -> object:
+    """A list as the environment has it."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class PriceSettings(Section):

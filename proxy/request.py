@@ -14,7 +14,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proxy.candidates import Endpoint
-from proxy.config import OnReject, RewardFloor, RouteSettings, near_miss
+from proxy.config import OnReject, RouteSettings, near_miss
+from proxy.config_reward import RewardFloor
 from proxy.errors import BadRequestError
 from proxy.json_limits import DEFAULT_LIMITS, JsonLimits, check_depth, check_text, may_repeat
 from proxy.prompts import PromptPart, chat_parts, legacy_parts

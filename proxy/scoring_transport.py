@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from proxy.config import RewardSettings, UpstreamSettings
+from proxy.config import UpstreamSettings
+from proxy.config_reward import RewardSettings
 from proxy.upstreams.base import Upstream, UpstreamCall, UpstreamError, UpstreamResponse
 from proxy.upstreams.circuit import Circuit, CircuitPolicy
 from proxy.upstreams.hosted import HostedUpstream

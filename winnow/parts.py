@@ -15,7 +15,8 @@ from winnow.version import __version__
 if TYPE_CHECKING:
     from feedback.judgements import FeedbackStore
     from proxy.app import Parts
-    from proxy.config import RewardSettings, Settings, UpstreamSettings
+    from proxy.config import Settings, UpstreamSettings
+    from proxy.config_reward import RewardSettings
     from proxy.tracing import Tracing
     from proxy.upstreams.base import Upstream
     from reward.metrics import ScoreMetrics

@@ -16,7 +16,8 @@ from proxy.admission import client_left, while_client_waits
 from proxy.broadcast import Broadcast
 from proxy.candidate_sets import candidate_sets
 from proxy.candidates import ENDPOINT_PATHS, Call, CallEnd, Endpoint
-from proxy.config import LOCAL, RewardFloor
+from proxy.config import LOCAL
+from proxy.config_reward import RewardFloor
 from proxy.drawing import Job
 from proxy.errors import BadRequestError, DeadlineError, ProxyError
 from proxy.exchange import Exchange, exchange_of

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from feedback.records import Message, Messages
 from proxy.app import Parts, create_app
-from proxy.config import RewardSettings
 from proxy.config_loading import load_settings
+from proxy.config_reward import RewardSettings
 from proxy.scoring_transport import ReplicatedTransport
 from proxy.upstreams.absent import AbsentUpstream
 from reward.dialects import ChatTemplate, DialectName, dialect
