@@ -21,6 +21,7 @@ from proxy.config import ENV_PREFIX, Settings
 from training.hosted.options import HostedOptions
 from training.dpo import DpoOptions
 from training.options import RewardOptions
+from training.ppo_options import PpoOptions
 from training.sft import SftOptions
 from winnow.__main__ import command_tree
 
@@ -29,6 +30,7 @@ TRAINERS: Mapping[str, tuple[type[BaseModel], str]] = {
     "reward": (RewardOptions, "[Reward models](reward-models.md)"),
     "sft": (SftOptions, "[Training language models](training.md#demonstrations)"),
     "dpo": (DpoOptions, "[Training language models](training.md#preferences-without-a-reward-model)"),
+    "ppo": (PpoOptions, "[PPO](training-ppo.md)"),
 }
 """Settings of each `winnow train`, and the page that explains them."""
 _NOTICE = (

@@ -22,7 +22,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from feedback.records import Message, Messages
 from reward.errors import InputError
@@ -77,6 +77,11 @@ class Renderer:
         self._native_tool_calls = template == "chat" and "tool_calls" in str(tokenizer.chat_template)
         self.template: Template = template
         self.max_length = max_length
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The tokenizer's tokens and their ids."""
+        return cast(Mapping[str, int], self._tokenizer.get_vocab())
 
     def render(self, prompt: Messages, completion: Messages) -> Rendered:
         """Raises `InputError` when the template refuses these messages or a text is not valid Unicode."""

@@ -137,11 +137,12 @@ def _scorer(
     tracing: Tracing | None,
     turns: threading.Lock,
 ) -> Scorer:
-    scorer = _local_scorer(reward, settings, metrics, turns) if reward.url is None else _remote_scorer(name, reward)
+    scorer = _local_scorer(reward, settings, metrics, turns) if reward.url is None else remote_scorer(name, reward)
     return scorer if tracing is None else tracing.scorer(scorer)
 
 
-def _remote_scorer(name: str, reward: RewardSettings) -> Scorer:
+def remote_scorer(name: str, reward: RewardSettings) -> Scorer:
+    """The scorer of a service. Raises `CommandError` for a template that cannot be read."""
     from proxy.scoring_transport import ReplicatedTransport
     from reward.dialects import ChatTemplate, dialect
     from reward.normalisation import Normalisation

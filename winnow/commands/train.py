@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from feedback.jsonl import DataError
 from reward.errors import RewardError
 from winnow.console import CommandError, progress_console
+
+if TYPE_CHECKING:
+    from reward.scorer import Scorer
+    from training.reward_sources import RewardSourceOptions
 
 app = typer.Typer(no_args_is_help=True, help="Train models from human data.")
 
@@ -95,3 +99,29 @@ def train_dpo(config: ConfigFile, override: Overrides = None) -> None:
 
         folder = train_dpo(load_options(DpoOptions, config, override or []))
     _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+
+
+@app.command("ppo")
+def train_ppo(config: ConfigFile, override: Overrides = None) -> None:
+    """Train a language model on a reward, kept near where it started.
+
+    A killed run goes on where its last checkpoint was when the same command is given again.
+
+    Example: winnow train ppo --config training/configs/ppo-tiny.yaml --set reward.model=runs/reward/model
+    """
+    with trainer():
+        from training.options import load_options
+        from training.ppo import train_ppo
+        from training.ppo_options import PpoOptions
+
+        folder = train_ppo(load_options(PpoOptions, config, override or []), open_remote=_remote)
+    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+
+
+def _remote(options: RewardSourceOptions) -> Scorer:
+    """A reward that a service gives, over the proxy's own transport."""
+    from proxy.config_reward import RewardSettings
+    from winnow.parts import remote_scorer
+
+    settings = RewardSettings(url=options.url, protocol=options.protocol, key=options.key, timeout_s=options.timeout_s)
+    return remote_scorer("default", settings)

@@ -1,0 +1,159 @@
+"""The parts of a PPO run, made from its options: models on their device, learner, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from feedback.jsonl import Skipped, replacing
+from training.actors import Actors
+from training.hydra import Hydra, split
+from training.language_mix import LanguageMix, read_mix
+from training.policies import Policy, load_policy
+from training.ppo_learner import LanguageLearner
+from training.ppo_options import PpoOptions
+from training.rollouts import EncodedPrompt, read_prompts
+from training.value_models import RewardValues, StateValues, reward_values, state_values, without_dropout
+
+KEPT = "kept.pt"
+VALUE = "value.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PpoParts:
+    """Models and what trains them."""
+
+    actors: Actors
+    learner: LanguageLearner
+    mix: LanguageMix | None
+
+    def keep_policy(self, run: Path) -> None:
+        """Remembers the policy's weights as they are: the last that were within `max_kl`."""
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with replacing(run / "checkpoints" / KEPT) as partial:
+            torch.save(self.actors.policy.trainable_state(), partial)
+
+    def take_kept_policy(self, run: Path) -> None:
+        """Puts them back."""
+        kept = torch.load(run / "checkpoints" / KEPT, map_location="cpu", weights_only=True)
+        self.actors.policy.load_trainable_state(kept)
+
+    def save_value(self, run: Path) -> None:
+        """Writes the value model's weights, for whoever wants to go on from here."""
+        from safetensors.torch import save_file
+
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.actors.value.state_dict().items()}
+        with replacing(run / VALUE) as partial:
+            save_file(weights, partial)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is asked."""
+
+    train: Sequence[EncodedPrompt]
+    held_out: Sequence[EncodedPrompt]
+    left_out: int
+    """Prompts that are too long, of both."""
+
+
+def build_parts(accelerator: Accelerator, options: PpoOptions) -> PpoParts:
+    """Loads the models. Raises `OptionsError`, `reward.errors.ModelLoadError`."""
+    policy, hydra, reference = _policies(options)
+    value = _value(policy, options)
+    for model in (policy.model, reference.model if reference else None, value):
+        if model is not None:
+            without_dropout(model)
+            # Recomputing activations is done in training mode only; without dropout the modes are one function.
+            model.train(options.gradient_checkpointing)
+            model.to(accelerator.device)
+    if hydra is not None:
+        hydra.reference_top.to(accelerator.device)
+
+    def precision() -> AbstractContextManager[Any]:
+        return cast(AbstractContextManager[Any], accelerator.autocast())
+
+    actors = Actors(policy, value, options.temperature, accelerator.device, hydra, reference, precision)
+    mix = _mix(policy, options)
+    learner = LanguageLearner(
+        accelerator,
+        actors,
+        policy_rate=options.learning_rate,
+        value_rate=options.value_learning_rate,
+        betas=options.adam_betas,
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        micro_batch_tokens=options.micro_batch_tokens,
+        mix=mix,
+    )
+    return PpoParts(actors, learner, mix)
+
+
+def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
+    """Training and held-out prompts. Raises `OptionsError`, `feedback.jsonl.DataError`."""
+
+    def read(files: Sequence[str]) -> tuple[list[EncodedPrompt], int]:
+        return read_prompts(
+            files,
+            policy,
+            form=options.prompt_format,
+            max_tokens=options.max_prompt_tokens,
+            skipped=skipped if options.skip_invalid else None,
+        )
+
+    train, left_out = read(options.prompts)
+    held_out, also_left_out = read(options.eval_prompts) if options.eval_prompts else ([], 0)
+    return Prompts(train, held_out, left_out + also_left_out)
+
+
+def _policies(options: PpoOptions) -> tuple[Policy, Hydra | None, Policy | None]:
+    """The policy, and what stands for its reference beside adapters that can be switched off."""
+    policy = load_policy(
+        options.base,
+        tuning="lora" if options.tuning == "lora" else "full",
+        lora=options.lora,
+        max_length=options.max_prompt_tokens + options.max_new_tokens,
+        gradient_checkpointing=options.gradient_checkpointing,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.tuning == "top_layers":
+        return policy, split(policy.model, options.top_layers), None
+    if options.tuning == "full":
+        frozen = load_policy(options.base, tuning="frozen", trust_remote_code=options.trust_remote_code)
+        return policy, None, frozen
+    return policy, None, None
+
+
+def _value(policy: Policy, options: PpoOptions) -> StateValues | RewardValues:
+    if options.value_base is None:
+        return state_values(policy.model, options.value_width)
+    return reward_values(
+        options.value_base,
+        policy.tokenizer,
+        score_shift=options.score_shift,
+        score_scale=options.score_scale,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _mix(policy: Policy, options: PpoOptions) -> LanguageMix | None:
+    if not options.ptx:
+        return None
+    examples = read_mix(
+        options.ptx, policy, max_length=options.ptx_max_length, skipped=Skipped() if options.skip_invalid else None
+    )
+    completions = options.global_batch_size // options.num_minibatches
+    return LanguageMix(
+        examples,
+        coefficient=options.ptx_coef,
+        examples_per_step=max(1, round(options.ptx_ratio * completions)),
+        micro_batch_tokens=options.micro_batch_tokens,
+        seed=options.seed,
+    )
