@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from proxy.config import ENV_PREFIX, Settings
 from training.hosted.options import HostedOptions
+from training.distill import DistillOptions
 from training.dpo import DpoOptions
 from training.options import RewardOptions
 from training.ppo_options import PpoOptions
@@ -31,6 +32,7 @@ TRAINERS: Mapping[str, tuple[type[BaseModel], str]] = {
     "sft": (SftOptions, "[Training language models](training.md#demonstrations)"),
     "dpo": (DpoOptions, "[Training language models](training.md#preferences-without-a-reward-model)"),
     "ppo": (PpoOptions, "[PPO](training-ppo.md)"),
+    "distill": (DistillOptions, "[Training language models](training.md#the-best-of-n-answers)"),
 }
 """Settings of each `winnow train`, and the page that explains them."""
 _NOTICE = (

@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,14 @@ class Origin:
     def known_model(self) -> str | None:
         """The model's name, where nobody has to be asked for it."""
         return self.model or (DEFAULT_BASE if self.base_url is None else None)
+
+
+def origin_of(name: str, defaults: Origin, key_variable: str = KEY_VARIABLE) -> Origin:
+    """Of a server as `URL` or `URL#MODEL`, or of what a local model is called."""
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        return replace(defaults, base_url=url, model=model or None, key_variable=key_variable)
+    return replace(defaults, model=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,27 @@ from pathlib import Path
 import pytest
 import yaml
 
+from training.distill import DistillOptions
 from training.dpo import DpoOptions
 from training.options import PolicyOptions, load_options
 from training.sft import SftOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
-KINDS: dict[str, type[SftOptions] | type[DpoOptions]] = {"sft": SftOptions, "dpo": DpoOptions}
+KINDS: dict[str, type[SftOptions] | type[DpoOptions]] = {
+    "sft": SftOptions,
+    "dpo": DpoOptions,
+    "distill": DistillOptions,
+}
 
 
-@pytest.mark.parametrize("name", ["sft", "sft-tiny", "dpo", "dpo-tiny"])
+@pytest.mark.parametrize("name", ["sft", "sft-tiny", "dpo", "dpo-tiny", "distill", "distill-tiny"])
 def test_configurations_of_policies_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINNOW_DATA", "data")
     found: PolicyOptions = load_options(KINDS[name.partition("-")[0]], CONFIGS / f"{name}.yaml")
     if name.endswith("tiny"):
-        files: list[str] = found.model_dump()["train"] + found.model_dump()["validation"]
+        named = found.model_dump()
+        files: list[str] = [file for kind in ("train", "validation", "prompts") for file in named.get(kind, ())]
         assert files and all((ROOT / file).is_file() for file in files)
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.jsonl import DataError, located_records
@@ -14,7 +14,7 @@ from feedback.records import Messages, Prompt, parse_completions
 from training.sampling import Draft, Failure, Sampling, Task, prompt_key, tasks_of
 from winnow.commands import drawing
 from winnow.console import FAILED, CommandError
-from winnow.generation import Origin, Pace
+from winnow.generation import Origin, Pace, origin_of
 
 _RECORDED = (".jsonl", ".gz", ".parquet")
 
@@ -41,15 +41,10 @@ class Drawing:
 
 
 def contestant(name: str, flag: str, defaults: Origin, key_variable: str) -> Contestant:
-    """Of a URL (`http://host/v1#MODEL`), a file of records, or what a local model is called."""
-    if name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        return Contestant(
-            name, flag, origin=replace(defaults, base_url=url, model=model or None, key_variable=key_variable)
-        )
-    if name.endswith(_RECORDED):
+    """Of a server (`http://host/v1#MODEL`), a file of records, or what a local model is called."""
+    if name.endswith(_RECORDED) and "://" not in name:
         return Contestant(name, flag, recorded=Path(name))
-    return Contestant(name, flag, origin=replace(defaults, model=name))
+    return Contestant(name, flag, origin=origin_of(name, defaults, key_variable))
 
 
 def recorded_prompts(path: Path) -> list[Task]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -76,6 +77,8 @@ def draw(
 
     A place that nothing is wanted of is not opened. Raises `CommandError` where it cannot be opened.
     """
+    # Failures are told by prompt, in the end; what the proxy logs of each call would stand between.
+    logging.getLogger("proxy").addHandler(logging.NullHandler())
     known = None if origin.known_model is None else begin(origin.known_model)
     if known is not None and not known:
         return Outcome([])

@@ -125,3 +125,25 @@ def _remote(options: RewardSourceOptions) -> Scorer:
 
     settings = RewardSettings(url=options.url, protocol=options.protocol, key=options.key, timeout_s=options.timeout_s)
     return remote_scorer("default", settings)
+
+
+@app.command("distill")
+def train_distill(config: ConfigFile, override: Overrides = None) -> None:
+    """Teach a language model to say at once what the best of its N answers was (rejection sampling).
+
+    Samples answers, scores them, and fine-tunes on the best. A killed run goes on where it was when the same command is
+    given again.
+
+    Example: winnow train distill --config training/configs/distill.yaml --set base=runs/sft/policy
+    """
+    with trainer():
+        from training.distill import DistillOptions, distill
+        from training.options import load_options
+        from winnow.commands.distilling import draw_with, score_with
+
+        options = load_options(DistillOptions, config, override or [])
+        folder = distill(options, draw_with(options), score_with(options))
+    if options.fit:
+        _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+    else:
+        _say(f"winners in {folder}")
