@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encoders, gateway, gateway_memory, ranking, scoring, waiting
+from benchmarks import encoders, gateway, gateway_memory, ranking, scoring, trainers, waiting
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
@@ -30,6 +30,7 @@ _PARTS: dict[str, Callable[[], list[Table]]] = {
     "encoders": encoders.run,
     "waiting": waiting.run,
     "ranking": ranking.run,
+    "trainers": trainers.run,
 }
 _FULL: dict[str, Callable[[], list[Table]]] = {"scoring": lambda: scoring.run(scoring.FULL)}
 

@@ -67,7 +67,7 @@ def run(
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            cells = asyncio.run(_cells(_model_folder(Path(scratch), layers), grid, completion, rounds))
+            cells = asyncio.run(_cells(one_label_folder(Path(scratch), layers), grid, completion, rounds))
     finally:
         torch.set_num_threads(threads)
     title = "Completions of {} to {} tokens scored in a CPU second".format(*completion)
@@ -225,7 +225,7 @@ class _Transformers:
         return ids
 
 
-def _model_folder(folder: Path, layers: int) -> str:
+def one_label_folder(folder: Path, layers: int) -> str:
     """A one-label model that transformers and winnow load alike."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

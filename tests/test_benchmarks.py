@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring, waiting
+from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring, trainers, waiting
 from tests.fakes.models import build_tiny_reward_model
 
 
@@ -78,6 +78,19 @@ def test_rankings_cost_the_same_loss_by_every_way() -> None:
     (table,) = ranking.run(layers=1, rounds=1, shapes=[(16, 8, 3)])
     assert [str(row[0]).rpartition(": ")[2] for row in table.rows] == ["all pairs", "each completion once", "packed"]
     assert all(float(str(row[3])) < 1e-5 for row in table.rows)
+
+
+def test_rankings_for_both_trainers_have_one_order_and_all_their_pairs() -> None:
+    data = trainers.ruled(5, 6, rankings_to_measure=2)
+    assert (len(data.train), len(data.validation), data.steps) == (6, 2, 1)
+    for record in data.train:
+        lengths = [len(completion[0]["content"].split()) for completion in record["completions"]]
+        assert [sorted(lengths).index(length) + 1 for length in lengths] == record["ranks"]
+    pairs = trainers.pairs(data.train)
+    assert len(pairs) == 6 * 10
+    for pair in pairs:
+        assert len(pair["chosen"][-1]["content"].split()) < len(pair["rejected"][-1]["content"].split())
+        assert pair["chosen"][:-1] == pair["rejected"][:-1]
 
 
 def test_the_hardware_is_named() -> None:
