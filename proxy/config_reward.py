@@ -49,6 +49,9 @@ class RewardSettings(Section):
     devices: Annotated[tuple[str, ...], NoDecode] = ()
     """Devices that each get a copy of the model: `[cuda:0, cuda:1]`, or `[all]` for every GPU that the process sees. A
     batch goes to one that is free. Unset: one copy, on `device`. In the environment: comma-separated."""
+    compile: bool = False
+    """Compile the model's layers by `torch.compile` when it is loaded: that takes a minute or so, and needs a C++
+    compiler on a CPU, Triton on a GPU."""
     aggregate: Aggregate | None = None
     """Of a reward model in this process that has several heads: `mean`, `worst` (the lowest) or `mean_less_std` of
     their rewards; unset, as the model says itself."""

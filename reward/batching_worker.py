@@ -252,17 +252,21 @@ class BatchingWorker(Generic[ItemT, ResultT]):
             return
         if not batch:
             return
+        results: Sequence[ResultT] | None
         try:
             results = await device.run([waiting.item for waiting in batch])
             if len(results) != len(batch):
                 raise ScoringError(f"{len(results)} rewards for {len(batch)} completions")
         except Exception as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                await self._run(device, batch[:middle])
-                await self._run(device, batch[middle:])
-            else:
+            if len(batch) == 1:
                 self._failed(device, batch[0], error)
+                return
+            results = None
+        if results is None:
+            # Not among the exception's own lines: while it lives, so does all that the failed pass held in memory.
+            middle = len(batch) // 2
+            await self._run(device, batch[:middle])
+            await self._run(device, batch[middle:])
             return
         device.strikes = 0
         for waiting, result in zip(batch, results, strict=True):

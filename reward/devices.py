@@ -59,6 +59,11 @@ def each_device(names: Sequence[str]) -> list[str]:
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [AUTO]
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def threads_must_take_turns(name: str = AUTO) -> bool:
     """Whether models of several threads may not compute at once there: Metal's command queues do not bear it."""
     return choose_device(name).type == "mps"

@@ -54,6 +54,7 @@ class LocalScorer:
         objectives: ObjectiveChoice | None = None,
         turns: threading.Lock | None = None,
         sharing: SharingOptions | None = None,
+        compiled: bool = False,
     ) -> None:
         """`source`: a folder, a hub id or `default`; `name`: what clients call it, from the model itself if None;
         `devices`: where copies of it run (see `reward.devices.each_device`), one on `device` if none is named;
@@ -70,6 +71,7 @@ class LocalScorer:
         self._objectives = objectives
         self._metrics = metrics
         self._sharing = sharing
+        self._compiled = compiled
         self._turns = turns
         self._replicas: list[Replica] = []
         self._model: RewardModel | None = None
@@ -165,6 +167,7 @@ class LocalScorer:
             aggregate=self._aggregate,
             objectives=self._objectives,
             sharing=self._sharing,
+            compiled=self._compiled,
         )
 
     def _loaded(self) -> RewardModel:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from reward.bases import quiet_loading
 from reward.batching import BatchingOptions
+from reward.compiling import compile_blocks, warm_up
 from reward.devices import choose_device, choose_dtype
 from reward.ensembles import EnsembleHead
 from reward.errors import InputError, ModelLoadError
@@ -129,6 +130,7 @@ def load_reward_model(
     aggregate: Aggregate | None = None,
     objectives: ObjectiveChoice | None = None,
     sharing: SharingOptions | None = None,
+    compiled: bool = False,
 ) -> RewardModel:
     """Loads and checks a reward model.
 
@@ -161,6 +163,8 @@ def load_reward_model(
     if manifest.rule is not None:
         cast(ObjectivesHead, network.head).follow(manifest.rule, manifest.objective_scales)
     model = RewardModel(network, renderer, manifest, place, number)
+    if compiled:
+        compile_blocks(model, source)
     check_probes(model, source)
     if aggregate is not None:
         _with_rule(model, aggregate, source)
@@ -169,6 +173,8 @@ def load_reward_model(
     sharing = sharing or SharingOptions()
     if sharing.mode == "auto" and isinstance(network, PooledRewardModel):
         model.sharing = find_way(network, renderer, place, cache_tokens=sharing.cache_tokens)
+    if compiled:
+        warm_up(model)
     return model
 
 

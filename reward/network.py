@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from reward.devices import sent
 from reward.ensembles import EnsembleHead, ManyHeads
 from reward.errors import ModelLoadError
 from reward.manifest import Head, Pooling
@@ -169,13 +170,13 @@ def collate(items: Sequence[Rendered], device: torch.device) -> Batch:
     completion = attention & (positions >= starts[:, None])
 
     def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        return sent(torch.tensor([row + [0] * (width - len(row)) for row in rows]), device)
 
     types = [item.token_type_ids for item in items if item.token_type_ids is not None]
     return Batch(
         padded([item.ids for item in items]),
-        attention.long().to(device),
-        completion.to(device),
+        sent(attention.long(), device),
+        sent(completion, device),
         padded(types) if len(types) == len(items) else None,
     )
 

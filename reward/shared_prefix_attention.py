@@ -29,10 +29,13 @@ class UnsupportedAttentionError(Exception):
 
 
 def register() -> None:
-    """Makes the function known to transformers; again does nothing."""
+    """Makes the function known to transformers; again does nothing.
+
+    Compiled networks leave it out: with the layout of each pack it would be compiled anew.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, shared_prefix_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(shared_prefix_attention))  # type: ignore[no-untyped-call]
 
 
 def shared_prefix_attention(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from feedback.records import Message
 from reward import shared_prefix_attention
+from reward.devices import sent
 from reward.network import GatedHead, PooledRewardModel, collate
 from reward.rendering import Rendered, Renderer, SharedPrefix
 from reward.shared_prefix import share_prefix
@@ -98,8 +99,8 @@ class SharedPrefixModel:
         made = pack(items, self._cache)
         with _attention(self._backbone, shared_prefix_attention.NAME):
             hidden = self._network.read(
-                input_ids=torch.tensor([made.ids], device=self._device),
-                position_ids=torch.tensor([made.positions], device=self._device),
+                input_ids=sent(torch.tensor([made.ids]), self._device),
+                position_ids=sent(torch.tensor([made.positions]), self._device),
                 # In four dimensions transformers leaves a mask alone; ours looks at none.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._device),
                 use_cache=False,
@@ -136,7 +137,7 @@ class SharedPrefixModel:
         prefix = cast(SharedPrefix, items[0].prefix).length
         made = pack(items, self._cache)
         cache = DynamicCache(config=self._backbone.config)
-        ids = torch.tensor([items[0].ids[:prefix]], device=self._device)
+        ids = sent(torch.tensor([items[0].ids[:prefix]]), self._device)
         begun = self._network.read(input_ids=ids, past_key_values=cache, use_cache=True)
         cast(Any, cache).batch_repeat_interleave(len(items))
         lengths = torch.tensor([len(item) - prefix for item in items])
@@ -145,12 +146,12 @@ class SharedPrefixModel:
         rows[own] = torch.tensor(made.ids[prefix:])
         seen = torch.cat([torch.ones(len(items), prefix, dtype=torch.bool), own], dim=1).long()
         went_on = self._network.read(
-            input_ids=rows.to(self._device),
-            attention_mask=seen.to(self._device),
+            input_ids=sent(rows, self._device),
+            attention_mask=sent(seen, self._device),
             past_key_values=cache,
             use_cache=True,
         )
-        kept = own.to(self._device)
+        kept = sent(own, self._device)
         states = [torch.cat([first[0], rest[kept]]) for first, rest in zip(begun, went_on, strict=True)]
         return self._rewards(states, made, items)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reward.devices import sent
 from reward.manifest import Pooling
 from reward.rendering import Rendered, SharedPrefix
 from reward.shared_prefix import LEAST_SHARED, common_prefix
@@ -78,7 +79,7 @@ class Pack:
                 prompt[index, span.start : boundary] = True
                 completion[index, boundary : span.stop] = True
                 passed += length
-        return prompt.to(device), completion.to(device)
+        return sent(prompt, device), sent(completion, device)
 
 
 class PrefixCache:

@@ -187,6 +187,7 @@ def _local_scorer(reward: RewardSettings, settings: Settings, metrics: ScoreMetr
         objectives=_objective_choice(reward),
         turns=_taken(turns, settings),
         sharing=SharingOptions(reward.shared_prefix, reward.prefix_cache_tokens),
+        compiled=reward.compile,
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -325,10 +326,14 @@ async def test_a_failing_pass_that_shares_is_halved_and_harms_nobody(
         expected = [score.raw_reward for score in await scorer.score(LONG_QUESTION, LONG_ANSWERS)]
     run = SharedPrefixModel.raw_rewards
     sizes: list[int] = []
+    failed: list[weakref.ref[torch.Tensor]] = []
 
     def small_memory(self: SharedPrefixModel, items: Sequence[Rendered], **how: Any) -> Any:
         sizes.append(len(items))
+        assert all(states() is None for states in failed), "a failed pass still holds its memory"
         if len(items) > 2:
+            states = torch.zeros(len(items))
+            failed.append(weakref.ref(states))
             raise torch.OutOfMemoryError
         return run(self, items, **how)
 
