@@ -39,6 +39,7 @@ _HOPELESS_STATUS = (401, 402, 404)
 """No key, no money, no such model: the next prompt would hear the same."""
 _MAX_N = 128
 """The largest `n` of the embedded model."""
+_FOREVER_S = 10 * 365 * 24 * 3600.0
 _FIRST_BACKOFF_S = 0.5
 """Most that the first retry waits where the upstream names no time; doubled from retry to retry."""
 _BEST_OF_HEADER = "x-winnow-best-of"
@@ -117,7 +118,10 @@ async def completions_of(origin: Origin, sampling: Sampling, pace: Pace) -> Asyn
     except ValueError as error:
         raise CommandError(f"{origin.base_url}: no base URL; write it as https://host/v1") from error
     paced = PacedUpstream(_upstream(origin, settings, pace), pace.per_minute, asyncio.get_running_loop().time)
-    guarded = GuardedUpstream(paced, settings, ProxyMetrics(CollectorRegistry(), __version__))
+    # A call may wait as long as it takes for a place: with many completions a prompt, or few calls a minute, that is
+    # longer than any call may run.
+    patient = settings.model_copy(update={"first_byte_timeout_s": _FOREVER_S})
+    guarded = GuardedUpstream(paced, patient, ProxyMetrics(CollectorRegistry(), __version__))
     drawer = Drawer(guarded, Capabilities(settings.n_mode))
     try:
         await guarded.open()

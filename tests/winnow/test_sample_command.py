@@ -163,6 +163,14 @@ def test_a_killed_run_loses_only_what_was_under_way(
     assert [one["id"] for one in records(output)] == ["q0", "q1", "q2", "q3"]
 
 
+def test_a_slow_pace_makes_no_call_late(url: str, tmp_path: Path) -> None:
+    """The last of these calls waits three seconds for its turn: that is no time-out."""
+    prompts = tmp_path / "one.jsonl"
+    prompts.write_text('{"prompt": "question"}\n', encoding="utf-8")
+    slowly = ["--at-once", "1", "--per-minute", "60", "--timeout-s", "2", "--max-retries", "0"]
+    assert sample("--prompts", prompts, "-k", "5", "--seed", "1", "--base-url", url, "--model", "m", *slowly) == 0
+
+
 def test_winners_of_a_proxy_are_drawn_one_by_one(start_proxy: StartProxy, prompts: Path, tmp_path: Path) -> None:
     """`n` of a winnow proxy gives the best of one drawing, which are no independent best-of-2s."""
     proxy = start_proxy(route={"best_of": 2})

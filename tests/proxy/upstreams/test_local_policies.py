@@ -11,8 +11,12 @@ import orjson
 import pytest
 import torch
 
+from feedback.records import Message
 from proxy.upstreams.base import UpstreamCall
 from proxy.upstreams.local import LocalUpstream
+from proxy.upstreams.local_prompts import PromptEncoder
+from proxy.upstreams.local_requests import parse_chat
+from proxy.upstreams.local_text import Vocabulary
 from reward.errors import ModelLoadError
 from tests.fakes.models import build_tiny_causal_lm
 from training.conversations import encode_prompt
@@ -140,3 +144,26 @@ async def test_a_template_that_training_gave_goes_along(tmp_path: Path) -> None:
     policy = trained(base, "full", tmp_path / "policy")
     shutil.rmtree(base)
     assert said(await served(tmp_path / "policy")) == greedy(policy)
+
+
+def test_serving_reads_a_prompt_as_training_did(base: Path) -> None:
+    policy = load_policy(str(base), tuning="frozen")
+    encoder = PromptEncoder(
+        policy.tokenizer,
+        Vocabulary(policy.tokenizer),
+        vocab_size=len(policy.tokenizer),
+        max_positions=512,
+        max_new_tokens=8,
+    )
+    conversations: list[list[Message]] = [
+        [{"role": "user", "content": "hello you"}],
+        [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+            {"role": "assistant", "content": " Three. "},
+            {"role": "user", "content": "four\n"},
+        ],
+    ]
+    for messages in conversations:
+        (served_prompt,) = encoder.encode(parse_chat(orjson.dumps({"messages": messages})))
+        assert list(served_prompt.token_ids) == encode_prompt(policy, messages)
