@@ -70,11 +70,11 @@ class Admission:
 
     def check(self, size: int, place: Place) -> None:
         """Whether so many more bytes may come. Alone, a body may be as large as any. Raises `OverloadedError`."""
-        others = self._body_bytes - place.body_bytes
-        if others and self._body_bytes + size > self.settings.max_buffered_body_bytes:
+        most = self.settings.max_buffered_body_bytes
+        if self._body_bytes + size > most and self._body_bytes > place.body_bytes:
             raise OverloadedError(
-                f"The bodies of running requests hold {self._body_bytes} bytes, and may hold "
-                f"{self.settings.max_buffered_body_bytes} together. Try again later",
+                f"The bodies of running requests hold {self._body_bytes} bytes, and may hold {most} together. "
+                "Try again later",
                 code="max_buffered_body_bytes",
                 # The rest is not read, so the connection cannot serve another request.
                 headers={"retry-after": str(RETRY_AFTER_S), "connection": "close"},
@@ -105,8 +105,7 @@ class Place:
                 raise _too_large(max_bytes)
             self._admission.check(size, self)
         pieces: list[bytes] = []
-        more = True
-        while more:
+        while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
@@ -114,9 +113,9 @@ class Place:
             if self.body_bytes + len(piece) > max_bytes:
                 raise _too_large(max_bytes)
             self._admission.hold(len(piece), self)
+            if not message.get("more_body", False):
+                return b"".join([*pieces, piece]) if pieces else piece
             pieces.append(piece)
-            more = message.get("more_body", False)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:
