@@ -48,14 +48,16 @@ from reward.scorer import Score, Scorer
 from winnow.console import table
 
 _SYSTEM = "pythia-12b-sft-4"
-_NUM_PROMPTS = 24
+_NUM_PROMPTS = 96
+_NUM_RACED = 24
+"""Prompts whose answers are compared by their beginnings too, each of which has to be scored."""
 _NUM_SAMPLES = 10
 _REFERENCE = 8
 """Best of so many is what all is compared with."""
 _PENALTY = 1.0
 _LENGTHS = (256, 512, 1024, 2048)
 _ORDERS = 100
-_CLIENTS = 6
+_CLIENTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +136,11 @@ def load(folder: Path, seed: int = 0) -> list[Recorded]:
 
 
 async def rewards_of(recorded: Sequence[Recorded], scorer: KeptScorer) -> list[list[float]]:
-    """By prompt and sample, as winnow chooses by them. Beginnings are scored too, to be known when they are raced."""
+    """By prompt and sample, as winnow chooses by them. Beginnings are scored too, to be known where they are raced."""
     rewards = []
     for number, one in enumerate(recorded, start=1):
-        begun = [beginning(text, length) for length in _LENGTHS for text in one.texts[:_REFERENCE]]
+        raced = one.texts[:_REFERENCE] if number <= _NUM_RACED else ()
+        begun = [beginning(text, length) for length in _LENGTHS for text in raced]
         known = await scorer.score(
             one.prompt, [[{"role": "assistant", "content": text}] for text in [*one.texts, *begun]]
         )
@@ -159,7 +162,7 @@ def curve(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) 
     ]
     for cap in (_NUM_SAMPLES, _REFERENCE):
         for wave in (4, 2):
-            for cost in (0.08, 0.1, 0.11, 0.12, 0.13, 0.15, 0.2):
+            for cost in (0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.17, 0.2):
                 name = f"adaptive, best_of {cap}, waves of {wave}, stop_cost {cost:g}"
                 rows.append((name, _stops(rewards, orders, cap, wave, cost)))
     rows += [
@@ -240,13 +243,15 @@ class Way:
     turns: int = 1
 
 
-WAYS = (
-    Way(f"best of {_REFERENCE}", _REFERENCE, "best_of_n", {}),
+_BEST_OF_N = Way(f"best of {_REFERENCE}", _REFERENCE, "best_of_n", {})
+STOPPING = (
+    _BEST_OF_N,
     Way("best of 6", 6, "best_of_n", {}),
-    Way("best of 4", 4, "best_of_n", {}),
-    Way("adaptive as set by default, best_of 10", 10, "adaptive", {}, 3),
-    Way("adaptive, best_of 10, waves of 2", 10, "adaptive", {"wave_size": 2}, 3),
-    Way("adaptive, best_of 10, waves of 2, stop_cost 0.15", 10, "adaptive", {"wave_size": 2, "stop_cost": 0.15}, 3),
+    Way("adaptive as set by default, best_of 10", 10, "adaptive", {}, 2),
+    Way("adaptive, best_of 10, waves of 2", 10, "adaptive", {"wave_size": 2}, 2),
+)
+RACING = (
+    _BEST_OF_N,
     *(
         Way(
             f"speculative, from {first} characters, keep {keep}",
@@ -260,7 +265,7 @@ WAYS = (
 )
 
 
-async def over_http(recorded: Sequence[Recorded], scorer: Scorer, ways: Sequence[Way] = WAYS) -> Table:
+async def over_http(recorded: Sequence[Recorded], scorer: Scorer, ways: Sequence[Way]) -> Table:
     """Every way in turn, each on the same completions in the same order, counted by the upstream."""
     rows: list[list[str | float | None]] = []
     reference: tuple[float, float, float] | None = None
@@ -337,7 +342,8 @@ async def run(folder: Path) -> AsyncIterator[Table]:
         within = math.sqrt(statistics.fmean(map(statistics.variance, rewards)))
         first = curve(rewards, lengths)
         yield replace(first, title=f"{first.title}; rewards of one prompt deviate by {within:.2f}")
-        yield await over_http(recorded, scorer)
+        yield await over_http(recorded, scorer, STOPPING)
+        yield await over_http(recorded[:_NUM_RACED], scorer, RACING)
     finally:
         await scorer.unload()
 
