@@ -58,7 +58,9 @@ class Patience:
             limits.append(max(self.straggler_factor * slowest_s, slowest_s + self.straggler_min_s))
         if self.learnt_factor and self.durations is not None and len(self.durations) >= _KNOWN_ANSWERS:
             usual_s = self.durations.quantile(_USUAL_SHARE)
-            limits.append(max(self.learnt_factor * usual_s, _OWN_FACTOR * slowest_s, slowest_s + _LEAST_S))
+            # A single one that is quick, such as a refusal, is no sign yet that the others hang.
+            factor = self.learnt_factor if half_there else max(self.learnt_factor, self.straggler_factor)
+            limits.append(max(factor * usual_s, _OWN_FACTOR * slowest_s, slowest_s + _LEAST_S))
         return min(limits, default=None)
 
 

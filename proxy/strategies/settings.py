@@ -26,7 +26,7 @@ class StrategySettings(Section):
     straggler_learnt_factor: float = Field(default=1.5, ge=0)
     """Sooner than that, stragglers are cancelled that take this many times as long as 95 in 100 answers of the route
     did, once 32 are known; but not before they have taken twice as long as the ones that are there, nor a second
-    longer. 0: nothing is learnt."""
+    longer. Where half are not there, `straggler_factor` times as long as usual. 0: nothing is learnt."""
     wave_size: int = Field(default=4, ge=1)
     """`adaptive`: most candidates drawn at once."""
     stop_cost: float = Field(default=0.12, ge=0)

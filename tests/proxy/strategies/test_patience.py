@@ -151,6 +151,7 @@ class TestWhatTheRouteHasTaught:
     def test_it_knows_that_others_hang_before_half_are_there(self) -> None:
         assert self.limit(0.2, 0.2, num_known=31, half_there=False) is None
         assert self.limit(0.2, 0.2, half_there=False) == 1.2
+        assert self.limit(2.0, 0.2, half_there=False) == 8.0  # it may be a refusal, and the others long
 
     def test_without_a_factor_there_is_no_limit(self) -> None:
         durations = LatestValues()
