@@ -56,7 +56,7 @@ _REFERENCE = 8
 """Best of so many is what all is compared with."""
 _PENALTY = 1.0
 _LENGTHS = (256, 512, 1024, 2048)
-_ORDERS = 100
+_ORDERS = 25
 _CLIENTS = 10
 
 
