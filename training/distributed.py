@@ -89,8 +89,7 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 def _layer_names(model: Any) -> frozenset[str]:
     """Classes of the layers that are gathered one at a time; empty where the model does not say."""
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    return frozenset(getattr(plain, "_no_split_modules", None) or ())
+    return frozenset(name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ())
 
 
 def gathered(value: Any) -> Any:

@@ -24,6 +24,7 @@ from reward.network import (
     wrap_classifier,
 )
 from reward.rendering import Renderer
+from training.distributed import scattered
 from training.options import LoraOptions, OptionsError, RewardOptions
 
 MERGED_ADAPTER_NAME = "default"
@@ -49,7 +50,7 @@ class TrainableReward:
         parameters = dict(self.network.named_parameters())
         with torch.no_grad():
             for name, value in state.items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(scattered(value, parameters[name]))
 
 
 def is_pooled(options: RewardOptions) -> bool:
@@ -112,6 +113,8 @@ def _require_compatible(options: RewardOptions) -> None:
         raise OptionsError("gated: needs tuning: head")
     if options.last_token_export and (options.tuning != "head" or "last" not in options.pooling):
         raise OptionsError("last_token_export: needs tuning: head and last among pooling")
+    if options.sharding != "none" and options.tuning == "head":
+        raise OptionsError("sharding: needs tuning: lora or full; a frozen base is passed whole, by each process")
     for name in ("label_smoothing", "centering"):
         if getattr(options, name) and options.tuning == "head":
             raise OptionsError(f"{name}: needs tuning: lora or full; a fitted head is calibrated and centred anyway")

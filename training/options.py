@@ -198,6 +198,9 @@ class RewardOptions(StepOptions):
     length_debias: float = Field(default=0.0, ge=0, le=1)
     """How much of what length alone explains is taken out of what is learnt: 0 nothing, 1 all. First the odds of
     "longer wins" are fitted to the comparisons; the reward then learns what they leave unexplained."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`none`: each process holds the whole model (DDP). `fsdp2`: weights, gradients and optimizer state are spread over
+    the processes that `torchrun` starts. For `lora` and `full`."""
     packing: Literal["auto", "off"] = "auto"
     """`auto`: a prompt goes through the base once for all its completions, as one row with a mask, where that is
     cheaper and this base gives exactly the same rewards; else each completion with its prompt. Not for encoders."""

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,7 @@ from training.batches import (
 from training.bootstrap import centre_heads, with_head_weights
 from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from training.comparisons import read_comparisons
+from training.distributed import Placement, gathered, place, scattered_optimizer_state
 from training.evaluation import accuracy_of, pair_outcomes
 from training.frozen import fit_frozen
 from training.heads import domain_indices
@@ -98,8 +99,15 @@ def train_reward_model(options: RewardOptions) -> Path:
         facts, last_token = fit.facts, fit.last_token
     else:
         facts = _train_by_gradient(accelerator, trainable, data, options, run)
-        centre_heads(trainable.network, data.validation or data.train, options.micro_batch_tokens)
+        weights = gathered(trainable.trainable_state())
+        if accelerator.is_main_process and options.sharding != "none":
+            # One process cannot put shards together: the base is loaded again, whole.
+            trainable = load_trainable(options, tuple(domains))
+            trainable.load_trainable_state(weights)
+            trainable.network.to(accelerator.device)
     if accelerator.is_main_process:
+        if options.tuning != "head":
+            centre_heads(trainable.network, data.validation or data.train, options.micro_batch_tokens)
         publishing: dict[str, Any] = {
             "train": train,
             "validation": validation,
@@ -139,11 +147,11 @@ def _train_by_gradient(
     accelerator: Accelerator, trainable: TrainableReward, data: _Data, options: RewardOptions, run: Path
 ) -> dict[str, Any]:
     num_steps = max(1, round(options.epochs * steps_in_epoch(len(data.train), options.global_batch_size)))
-    optimizer = build_optimizer(trainable.network, options, options.head_learning_rate)
-    schedule = build_schedule(optimizer, num_steps, options)
     trainable.network.to(accelerator.device)
     packing = choose_packing(trainable.network, options.packing, trainable.renderer.max_length)
-    network, prepared = accelerator.prepare(trainable.network, optimizer)
+    placement = place(accelerator, trainable.network, options.sharding)
+    prepared = accelerator.prepare(build_optimizer(trainable.network, options, options.head_learning_rate))
+    schedule = build_schedule(prepared, num_steps, options)
     # From here on chance is each process's own: dropout must not hide the same units on all of them.
     set_seed(options.seed, device_specific=True)
     progress = _resume(accelerator, trainable, prepared, schedule, run)
@@ -157,13 +165,13 @@ def _train_by_gradient(
             if stopping:
                 break
             groups = [data.train[i] for i in indices]
-            metrics = _step(accelerator, network, prepared, schedule, groups, packing, options)
+            metrics = _step(placement, prepared, schedule, groups, packing, options)
             progress.step += 1
             log.metrics(progress.step, metrics)
             bar.advance(note=f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.3f}")
             is_end = progress.step == num_steps
             if data.validation and (progress.step % options.eval_every == 0 or is_end):
-                accuracy = _validate(accelerator, network, data.validation, options)
+                accuracy = _validate(placement, data.validation, options)
                 log.metrics(progress.step, {"validation_accuracy": accuracy})
                 _remember_best(accelerator, trainable, progress, accuracy, run)
             stopping = _is_stale(progress, options)
@@ -178,8 +186,7 @@ def _train_by_gradient(
 
 
 def _step(
-    accelerator: Accelerator,
-    network: Any,
+    placement: Placement,
     optimizer: Any,
     schedule: Any,
     groups: Sequence[EncodedGroup],
@@ -187,11 +194,9 @@ def _step(
     options: RewardOptions,
 ) -> dict[str, float]:
     """One optimizer update on these groups, over all processes. Returns the step's metrics."""
+    accelerator, network = placement.accelerator, placement.network
     network.train()
-    mine = groups[accelerator.process_index :: accelerator.num_processes]
-    # A process without work in a small last batch still has to take part: it adds nothing, with weight 0.
-    parts = [(part, 1.0) for part in split(mine, options.micro_batch_tokens, packing)]
-    work = parts or [(Part([groups[0]], packed=False), 0.0)]
+    work = placement.portions(groups, lambda share: split(share, options.micro_batch_tokens, packing))
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, correct, pairs, tokens
 
     def loss_of(weighted: tuple[Part, float]) -> Tensor:
@@ -211,11 +216,11 @@ def _step(
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    loss, correct, pairs, tokens = cast(Tensor, accelerator.reduce(totals, reduction="sum")).tolist()
+    loss, correct, pairs, tokens = placement.added_up(totals)
     return {
         "loss": loss,
         "accuracy": correct / pairs,
-        "grad_norm": float(cast(Tensor, grad_norm)),
+        "grad_norm": float(gathered(grad_norm)),
         "learning_rate": learning_rate,
         "tokens": tokens,
     }
@@ -243,17 +248,16 @@ def _micro_loss(rewards: Tensor, batch: MicroBatch, options: RewardOptions) -> t
 
 
 @torch.no_grad()
-def _validate(accelerator: Accelerator, network: Any, groups: Sequence[EncodedGroup], options: RewardOptions) -> float:
+def _validate(placement: Placement, groups: Sequence[EncodedGroup], options: RewardOptions) -> float:
     """Pairwise accuracy over all held-out pairs; every process scores its share."""
-    # Unwrapped: DDP's forward broadcasts buffers, and would wait for a process that has no batch to score.
-    network = accelerator.unwrap_model(network)
-    network.eval()
+    placement.plain.eval()
     items: list[Rendered] = [item for group in groups for item in group.items]
     batches = batches_by_length([len(item) for item in items], options.micro_batch_tokens)
     scored: list[tuple[int, Any]] = []
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        rewards = network(collate([items[i] for i in batch], accelerator.device), by_head=bool(options.objectives))
-        scored.extend(zip(batch, rewards.tolist(), strict=True))
+    device = placement.accelerator.device
+    for batch, share in placement.portions(batches, list):
+        rewards = placement.plain(collate([items[i] for i in batch], device), by_head=bool(options.objectives))
+        scored.extend(zip(batch, rewards.tolist(), strict=True) if share else ())
     found = dict(gather_object(scored))
     in_order = [found[i] for i in range(len(items))]
     outcomes = pair_outcomes(groups, own_rewards(groups, in_order) if options.objectives else in_order)
@@ -267,11 +271,12 @@ def _remember_best(
         progress.stale += 1
         return
     progress.best_accuracy, progress.best_step, progress.stale = accuracy, progress.step, 0
+    weights = gathered(trainable.trainable_state())
     if accelerator.is_main_process:
         folder = run / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            torch.save(trainable.trainable_state(), file)
+            torch.save(weights, file)
         Path(file.name).replace(folder / "best.pt")
 
 
@@ -284,14 +289,14 @@ def _save(
     run: Path,
 ) -> None:
     states = gather_object([random_state()])
+    state = {
+        "weights": gathered(trainable.trainable_state()),
+        "optimizer": gathered(optimizer.state_dict()),
+        "schedule": schedule.state_dict(),
+        "random": states,
+        "best": [progress.best_accuracy, progress.best_step, progress.stale],
+    }
     if accelerator.is_main_process:
-        state = {
-            "weights": trainable.trainable_state(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": states,
-            "best": [progress.best_accuracy, progress.best_step, progress.stale],
-        }
         save_checkpoint(run / "checkpoints", progress.step, state)
     accelerator.wait_for_everyone()
 
@@ -311,7 +316,7 @@ def _resume(
             f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
         )
     trainable.load_trainable_state(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(scattered_optimizer_state(optimizer, state["optimizer"]))
     schedule.load_state_dict(state["schedule"])
     restore_random_state(state["random"][accelerator.process_index])
     accuracy, best_step, stale = state["best"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.training import tasks
 from tests.training.conftest import Task
 from training.checkpoints import load_checkpoint
-from training.options import RewardOptions
+from training.options import OptionsError, RewardOptions
 from training.reward_model import train_reward_model
 
 LORA: dict[str, Any] = {"tuning": "lora", "learning_rate": 3e-3, "lora": {"dropout": 0.0}}
@@ -35,9 +35,14 @@ def test_micro_batches_do_not_change_a_step(tuning: str, task: Task, tmp_path: P
 
 def on_two_processes(chosen: RewardOptions, home: Path) -> Path:
     config = tasks.write_config(home / "config.yaml", chosen)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "winnow"]
+    launched("-m", "winnow", "train", "reward", "--config", str(config))
+    return Path(chosen.output)
+
+
+def launched(*arguments: str) -> None:
+    """Runs a module or a script in two processes."""
     done = subprocess.run(
-        [*launch, "train", "reward", "--config", str(config)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
         env=tasks.environment(),
         capture_output=True,
         text=True,
@@ -45,7 +50,6 @@ def on_two_processes(chosen: RewardOptions, home: Path) -> Path:
         timeout=110,
     )
     assert done.returncode == 0, done.stderr
-    return Path(chosen.output)
 
 
 def test_two_processes_train_the_same_adapter(task: Task, tmp_path: Path) -> None:
@@ -69,6 +73,59 @@ def test_two_processes_train_the_same_adapter(task: Task, tmp_path: Path) -> Non
     assert state is not None
     first, second = state["random"]
     assert not torch.equal(first["torch"], second["torch"]), "dropout would hide the same units on both"
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "full": {"tuning": "full", "weight_decay": 0.1},
+    "ensemble": {**LORA, "heads": 3, "layers": [1, 2], "micro_batch_tokens": 150},
+}
+
+
+def test_two_processes_with_a_shard_each_train_the_same_models(task: Task, tmp_path: Path) -> None:
+    """Some steps give one process more micro-batches than the other; validations have one batch in all."""
+    train = tasks.write_rankings(tmp_path / "train.jsonl", 9, seed=6)
+    validation = tasks.write_preferences(tmp_path / "validation.jsonl", 6, seed=7)
+    steps = {"learning_rate": 3e-3, "global_batch_size": 4, "epochs": 2.0, "eval_every": 2, "save_every": 2}
+
+    def options(kind: str, sharding: str) -> RewardOptions:
+        chosen = {**steps, **SHARDED[kind], "sharding": sharding}
+        return tasks.options(task.decoder, tmp_path / f"{kind}-{sharding}", [train], [validation], **chosen)
+
+    files = [tasks.write_config(tmp_path / f"{kind}.yaml", options(kind, "fsdp2")) for kind in SHARDED]
+    launched(str(Path(__file__).parent / "train_several.py"), *map(str, files))
+    for kind in SHARDED:
+        train_reward_model(options(kind, "none"))
+        one, two = tmp_path / f"{kind}-none", tmp_path / f"{kind}-fsdp2"
+        ours, theirs = tasks.read_log(one), tasks.read_log(two)
+        assert len(ours) == len(theirs) == 6 + 3
+        for mine, shared in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(shared, rel=1e-5)
+        assert_same_folders(one / "model", two / "model")
+        assert_same_checkpoints(one / "checkpoints", two / "checkpoints")
+
+
+def assert_same_folders(one: Path, two: Path) -> None:
+    for file in one.glob("*.safetensors"):
+        weights, others = load_file(file), load_file(two / file.name)
+        assert weights.keys() == others.keys()
+        assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights), file.name
+
+
+def assert_same_checkpoints(one: Path, two: Path) -> None:
+    mine, shared = load_checkpoint(one), load_checkpoint(two)
+    assert mine is not None and shared is not None
+    for name, weight in mine["weights"].items():
+        assert weight.shape == shared["weights"][name].shape, "whole weights"
+        # Comparisons leave a head's zero open: rounding moves it, and it is centred at the end.
+        assert name == "head.members.bias" or torch.allclose(weight, shared["weights"][name], atol=1e-5), name
+    for number, state in mine["optimizer"]["state"].items():
+        assert torch.allclose(state["exp_avg"], shared["optimizer"]["state"][number]["exp_avg"], atol=1e-5)
+
+
+def test_a_frozen_base_is_not_sharded(task: Task, tmp_path: Path) -> None:
+    chosen = tasks.options(task.decoder, tmp_path / "run", [task.train], sharding="fsdp2")
+    with pytest.raises(OptionsError, match="sharding: needs tuning: lora or full"):
+        train_reward_model(chosen)
 
 
 def test_two_processes_fit_the_same_head(task: Task, tmp_path: Path) -> None:
