@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encoders, gateway, gateway_memory, ranking, scoring, trainers, waiting
+from benchmarks import encoders, gateway, gateway_memory, ranking, scoring, trainers, training, waiting
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
@@ -31,8 +31,12 @@ _PARTS: dict[str, Callable[[], list[Table]]] = {
     "waiting": waiting.run,
     "ranking": ranking.run,
     "trainers": trainers.run,
+    "training": training.run,
 }
-_FULL: dict[str, Callable[[], list[Table]]] = {"scoring": lambda: scoring.run(scoring.FULL)}
+_FULL: dict[str, Callable[[], list[Table]]] = {
+    "scoring": lambda: scoring.run(scoring.FULL),
+    "training": training.run_full,
+}
 
 
 def main() -> None:

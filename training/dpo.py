@@ -39,7 +39,7 @@ from training.loop import accumulate, start_accelerator
 from training.losses import dpo_losses
 from training.options import OptionsError, PolicyOptions
 from training.policies import Policy, load_policy_for
-from training.rows import Layout, packs_exactly
+from training.rows import Layout, choose_layout
 from training.runs import claim, described, refuse_taken
 
 REFERENCE_NAME = "reference.safetensors"
@@ -116,20 +116,30 @@ def train_dpo(options: DpoOptions) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         claim(run, description)
-    packs = options.packing == "auto" and packs_exactly(policy.model, len(policy.tokenizer))
-    layout = Layout(options.micro_batch_tokens, policy.pad_id, packs)
-    reference = _Reference(policy, options.reference == "adapter_off", run / REFERENCE_NAME)
+    objective = dpo_objective(policy, groups, held_out, options, run / REFERENCE_NAME)
+    return fit_policy(accelerator, policy, objective, options, run)
+
+
+def dpo_objective(
+    policy: Policy,
+    groups: Sequence[ComparedGroup],
+    held_out: Sequence[ComparedGroup],
+    options: DpoOptions,
+    reference_file: Path,
+) -> Objective:
+    """What a step learns of `groups`, and how it is judged by `held_out`."""
+    layout = choose_layout(policy, options.packing, options.micro_batch_tokens)
+    reference = _Reference(policy, options.reference == "adapter_off", reference_file)
 
     def prepare(placement: Placement) -> None:
         reference.compute(placement, [*groups, *held_out], layout)
 
-    objective = Objective(
+    return Objective(
         num_examples=len(groups),
         learn=lambda placement, indices: _learn(placement, [groups[i] for i in indices], reference, layout, options),
         validate=(lambda placement: _validate(placement, held_out, reference, layout, options)) if held_out else None,
         prepare=prepare,
     )
-    return fit_policy(accelerator, policy, objective, options, run)
 
 
 def encode_comparisons(

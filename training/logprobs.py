@@ -5,6 +5,7 @@ Shapes: B rows, T tokens a row, M tokens that count in all, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ def completion_logits(
     *,
     position_ids: Tensor | None = None,
     temperature: float = 1.0,
+    block_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """(M, V) in fp32: the logits that each token under `completion_mask` was to be drawn from, over `temperature`.
 
     `input_ids` (B, T) and `completion_mask` (B, T), True at tokens that count, row by row; none in the first column,
     before which nothing stands. `attention_mask` (B, T), 1 at tokens and 0 at padding on either side; None for rows
-    without padding. Positions are counted from the first token unless given; where they start anew within a row, a new
-    sequence begins, which sees nothing of the one before (`training/rows.py` checks that a model keeps to it).
-    `network` is called as it is, so that wrappers of DDP and FSDP take part.
+    without padding. Positions are counted from the first token unless given. `block_lengths`: of the sequences of a
+    packed row, for models that `training/rows.py` has found to keep them apart. `network` is called as it is, so that
+    wrappers of DDP and FSDP take part.
     """
     assert input_ids.ndim == 2 and input_ids.shape == completion_mask.shape
     assert temperature > 0
@@ -34,12 +36,18 @@ def completion_logits(
     columns = counted.any(dim=0).nonzero().squeeze(1)
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    packed: dict[str, Any] = {}
+    if block_lengths is not None:
+        # A mask of four dimensions is taken as it is: none is made, which would be as large as the row squared.
+        attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        packed["block_lengths"] = tuple(block_lengths)
     output = network(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         logits_to_keep=columns,
         use_cache=False,
+        **packed,
     )
     wanted = counted[:, columns]  # (B, K)
     logits: Tensor = output.logits

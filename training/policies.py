@@ -59,6 +59,11 @@ class Policy:
         return hasattr(self.model, "peft_config")
 
     @property
+    def plain(self) -> Any:
+        """The transformers model itself, adapters in place."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
     def max_length(self) -> int:
         """Tokens of a conversation: as asked for, or as many as the model takes."""
         return self.renderer.max_length

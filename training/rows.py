@@ -1,7 +1,7 @@
 """Conversations -> tensors: padded rows, or one packed row in which no conversation sees another.
 
-A packed row has no padding. Its positions start anew with each conversation, of which transformers makes a causal mask
-in blocks, for models that keep to it: `packs_exactly` finds out.
+A packed row has no padding. Its positions start anew with each conversation, and attention stays within them
+(`block_attention`), in models that keep to both: `choose_layout` finds out.
 
 Shapes: S conversations, B rows, T tokens a row, M tokens that count in all.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from reward.network import batches_by_length
+from training.block_attention import NAME, UnsupportedAttentionError, register
 from training.logprobs import completion_logits, token_logprobs
+from training.policies import Policy
 
 TOLERANCE = 1e-4
 """Largest difference between the logits of a packed and a single conversation, as a share of the largest logit."""
@@ -45,6 +47,8 @@ class Rows:
     position_ids: Tensor  # (B, T) from 0 within each conversation
     completion_mask: Tensor  # (B, T) True at tokens that count
     owners: Tensor  # (M,) which conversation each token that counts is of
+    block_lengths: tuple[int, ...] | None = None
+    """Of a packed row: tokens of each conversation."""
 
     @property
     def tokens(self) -> Tensor:
@@ -60,6 +64,7 @@ class Rows:
             self.completion_mask,
             position_ids=self.position_ids,
             temperature=temperature,
+            block_lengths=self.block_lengths,
         )
 
     def logprobs(self, network: Any, temperature: float = 1.0) -> Tensor:
@@ -95,6 +100,7 @@ def packed(items: Sequence[Sequenced], device: torch.device) -> Rows:
         torch.cat([torch.arange(len(item)) for item in items])[None].to(device),
         torch.tensor([[kept for item in items for kept in item.completion_mask]], device=device),
         torch.arange(len(items)).repeat_interleave(counts).to(device),
+        tuple(map(len, items)),
     )
 
 
@@ -156,8 +162,27 @@ class _Trial:
         return len(self.ids)
 
 
+def choose_layout(policy: Policy, packing: Literal["auto", "off"], max_tokens: int) -> Layout:
+    """Packed rows where that is wanted and this model computes the same in them; padded ones else."""
+    packs = packing == "auto" and pack_rows(policy.plain, len(policy.tokenizer))
+    return Layout(max_tokens, policy.pad_id, packs)
+
+
+def pack_rows(model: Any, vocab_size: int) -> bool:
+    """Makes a model ready for packed rows; False, and the model as it was, where it would not compute the same."""
+    before = getattr(model.config, "_attn_implementation", None)
+    if before not in ("sdpa", NAME):
+        return False
+    register()
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == NAME and _packs_exactly(model, vocab_size):
+        return True
+    model.set_attn_implementation(before)
+    return False
+
+
 @torch.no_grad()
-def packs_exactly(model: Any, vocab_size: int) -> bool:
+def _packs_exactly(model: Any, vocab_size: int) -> bool:
     """Tries three short conversations in one row and apart. Leaves the model as it found it, and chance too."""
     device = next(model.parameters()).device
     items = [
@@ -170,9 +195,9 @@ def packs_exactly(model: Any, vocab_size: int) -> bool:
     model.eval()
     try:
         together = packed(items, device).logits(model)
-        apart = torch.cat([packed([item], device).logits(model) for item in items])
-    except (TypeError, ValueError, RuntimeError):
-        return False  # This model takes no positions of others.
+        apart = torch.cat([padded([item], 0, device).logits(model) for item in items])
+    except (TypeError, ValueError, RuntimeError, UnsupportedAttentionError):
+        return False  # This model takes no positions of others, or no blocks.
     finally:
         model.train(was_training)
     return bool((together - apart).abs().max() <= TOLERANCE * apart.abs().max())

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from feedback.jsonl import Skipped, read_records
-from feedback.records import Demonstration, parse_demonstration
+from feedback.records import Demonstration, Messages, parse_demonstration
 from reward.errors import InputError
 from training.conversations import Conversation, encode_conversation, fitted
 from training.distributed import Placement
@@ -39,7 +39,7 @@ from training.fitting import DECIDING, RESULT, Objective, fit_policy
 from training.loop import accumulate, start_accelerator
 from training.options import OptionsError, PolicyOptions
 from training.policies import Policy, load_policy_for
-from training.rows import Layout, Rows, packs_exactly
+from training.rows import Layout, Rows, choose_layout
 from training.runlog import Sample
 from training.runs import claim, described, refuse_taken
 from training.samples import greedy_samples
@@ -91,21 +91,31 @@ def train_sft(options: SftOptions) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         claim(run, description)
-    packs = options.packing == "auto" and packs_exactly(policy.model, len(policy.tokenizer))
-    layout = Layout(options.micro_batch_tokens, policy.pad_id, packs)
-    prompts = [one.prompt for one, _ in held_out[: options.num_samples]]
     references = [encoded for _, encoded in held_out]
+    prompts = [one.prompt for one, _ in held_out[: options.num_samples]]
+    objective = sft_objective(policy, data, references, options, prompts)
+    return fit_policy(accelerator, policy, objective, options, run)
+
+
+def sft_objective(
+    policy: Policy,
+    data: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    options: SftOptions,
+    prompts: Sequence[Messages] = (),
+) -> Objective:
+    """What a step learns of `data`, how it is judged by `held_out`, and answers to `prompts` to look at."""
+    layout = choose_layout(policy, options.packing, options.micro_batch_tokens)
 
     def sample(placement: Placement) -> list[Sample]:
         return greedy_samples(policy, placement, prompts, options.sample_tokens)
 
-    objective = Objective(
+    return Objective(
         num_examples=len(data),
         learn=lambda placement, indices: learn(placement, [data[i] for i in indices], layout),
-        validate=(lambda placement: validate(placement, references, layout)) if references else None,
+        validate=(lambda placement: validate(placement, held_out, layout)) if held_out else None,
         sample=sample if prompts else None,
     )
-    return fit_policy(accelerator, policy, objective, options, run)
 
 
 def learn(placement: Placement, items: Sequence[Conversation], layout: Layout) -> dict[str, float]:

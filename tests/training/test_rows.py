@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes.models import Family, build_tiny_causal_lm
+from training.block_attention import UnsupportedAttentionError, block_attention
 from training.conversations import Conversation
 from training.policies import Policy, load_policy
-from training.rows import Layout, bins, packed, packs_exactly, padded
+from training.rows import Layout, bins, choose_layout, pack_rows, packed, padded
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     family: Family = request.param
-    return load_policy(str(build_tiny_causal_lm(tmp_path_factory.mktemp(family), family=family)), tuning="frozen")
+    found = load_policy(str(build_tiny_causal_lm(tmp_path_factory.mktemp(family), family=family)), tuning="frozen")
+    assert choose_layout(found, "auto", 100).packs
+    return found
 
 
 def conversations(count: int, seed: int = 0) -> list[Conversation]:
@@ -77,17 +80,43 @@ def test_the_order_and_company_of_a_conversation_do_not_matter(policy: Policy) -
 
 def test_whether_a_model_can_be_packed_is_found_out(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
-    assert packs_exactly(policy.model, len(policy.tokenizer))
+    assert pack_rows(policy.model, len(policy.tokenizer))
     assert torch.equal(torch.get_rng_state(), state)
     forward = policy.model.forward
 
-    def blind(**arguments: object) -> object:
-        """As a model that takes positions for mere numbers."""
-        arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])  # type: ignore[call-overload]
+    def deaf(**arguments: object) -> object:
+        """As a model that does not pass on what it does not know."""
+        arguments.pop("block_lengths", None)
         return forward(**arguments)
 
-    monkeypatch.setattr(policy.model, "forward", blind)
-    assert not packs_exactly(policy.model, len(policy.tokenizer))
+    monkeypatch.setattr(policy.model, "forward", deaf)
+    assert not pack_rows(policy.model, len(policy.tokenizer))
+    assert not choose_layout(policy, "off", 100).packs
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("lengths", [(5,), (2, 7, 1, 4)])
+def test_attention_in_blocks_is_attention_under_a_mask(lengths: tuple[int, ...], window: int | None) -> None:
+    rng = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    query = torch.randn(1, 4, total, 8, generator=rng)
+    key, value = torch.randn(2, 1, 2, total, 8, generator=rng)
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    behind = torch.arange(total)[:, None] - torch.arange(total)[None]
+    seen = (owner[:, None] == owner[None]) & (behind >= 0) & (behind < (window or total))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), attn_mask=seen, scale=0.3
+    )
+    found, _ = block_attention(
+        torch.nn.Module(), query, key, value, None, block_lengths=lengths, scaling=0.3, sliding_window=window
+    )
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
+
+
+def test_attention_that_is_another_sum_is_refused() -> None:
+    states = torch.randn(1, 2, 3, 4)
+    with pytest.raises(UnsupportedAttentionError, match="softcap"):
+        block_attention(torch.nn.Module(), states, states, states, None, block_lengths=(3,), softcap=30.0)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120))
