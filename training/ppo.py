@@ -32,6 +32,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from feedback.jsonl import Skipped
+from training.actors import Frozen
 from training.advantages import ScoreScale, penalise_missing_end
 from training.batches import epoch_order
 from training.kl import AdaptiveKL, FixedKL, KLController
@@ -41,11 +42,11 @@ from training.options import OptionsError
 from training.policies import save_policy
 from training.ppo_evaluation import HeldOut, evaluate, write_samples
 from training.ppo_options import PpoOptions
-from training.ppo_parts import PpoParts, Prompts, build_parts, read_all
+from training.ppo_parts import PpoParts, Prompts, build_parts, build_sampler, read_all, weight_files
 from training.ppo_state import load_progress, save_progress
 from training.ppo_update import Experience, UpdateMetrics, build_experience, update
 from training.reward_sources import OpenRemote, RewardSource
-from training.rollouts import Collector, Sampled, batch_of_prompts, model_sampler, rollout_of
+from training.rollouts import Collector, Sampled, batch_of_prompts, rollout_of
 from training.runlog import RunLog
 from training.runs import claim, described, refuse_taken
 
@@ -60,7 +61,8 @@ def train_ppo(options: PpoOptions, *, open_remote: OpenRemote | None = None) -> 
     """
     run = Path(options.output)
     _require_sizes(options)
-    description = described(options, [*options.prompts, *options.eval_prompts, *options.ptx])
+    files = [*options.prompts, *options.eval_prompts, *options.ptx, *weight_files(options)]
+    description = described(options, files)
     refuse_taken(run, description, RESULT)
     accelerator = start_accelerator(options)
     set_seed(options.seed)
@@ -76,7 +78,7 @@ def train_ppo(options: PpoOptions, *, open_remote: OpenRemote | None = None) -> 
         collector = Collector(
             accelerator,
             parts.actors,
-            model_sampler(parts.actors, options.generation_batch_size),
+            build_sampler(parts.actors, options),
             reward.score,
             options.max_new_tokens,
             options.micro_batch_tokens,
@@ -120,11 +122,13 @@ def _iterate(
         if prompts.left_out:
             log.note(f"{prompts.left_out} prompts are longer than {options.max_prompt_tokens} tokens and left out")
         bar = log.task("training", total=total, completed=progress.iteration)
+        _tell_sampler(accelerator, collector, progress)
         if progress.iteration == 0:
             _evaluate(accelerator, parts, prompts, collector, progress, options, run, log)
         while progress.iteration < total and not progress.stopped:
             metrics = _iteration(parts, prompts, collector, progress, total, options)
             progress.iteration += 1
+            _tell_sampler(accelerator, collector, progress)
             log.metrics(progress.iteration, metrics)
             bar.advance(note=f"score {metrics['score']:.3f} KL {metrics['kl']:.2f}")
             is_end = progress.iteration == total
@@ -133,6 +137,12 @@ def _iterate(
             if progress.iteration % options.save_every == 0 or is_end or progress.stopped:
                 save_progress(accelerator, parts, progress, run)
     return progress
+
+
+def _tell_sampler(accelerator: Accelerator, collector: Collector, progress: Progress) -> None:
+    if accelerator.is_main_process:
+        collector.sampler.weights_changed(progress.iteration)
+    accelerator.wait_for_everyone()
 
 
 def _iteration(
@@ -161,7 +171,7 @@ def _iteration(
     if progress.average is not None:
         progress.average.update(parts.actors.policy.trainable_state())
     return {
-        **_sampling_metrics(samples, [row.entropy for row in frozen]),
+        **_sampling_metrics(samples, frozen),
         **_learning_metrics(experience, learnt),
         "reward": float(rollout.scores.mean()) - coefficient * experience.kl,
         "kl_coef": coefficient,
@@ -170,15 +180,21 @@ def _iteration(
     }
 
 
-def _sampling_metrics(samples: Sequence[Sampled], entropies: Sequence[float]) -> dict[str, float]:
+def _sampling_metrics(samples: Sequence[Sampled], frozen: Sequence[Frozen]) -> dict[str, float]:
     scores = torch.tensor([sample.score for sample in samples], dtype=torch.float64)
     count = len(samples)
+    off = [
+        (torch.tensor(sample.sampled_logprobs) - row.old_logprobs).abs()
+        for sample, row in zip(samples, frozen, strict=True)
+        if sample.sampled_logprobs is not None
+    ]
     return {
+        **({"sampler_error": float(torch.cat(off).mean())} if off else {}),
         "score": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
         "length": sum(len(sample.sequence.completion) for sample in samples) / count,
         "ended_share": sum(sample.ended for sample in samples) / count,
-        "entropy": sum(entropies) / count,
+        "entropy": sum(row.entropy for row in frozen) / count,
     }
 
 

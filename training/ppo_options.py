@@ -10,6 +10,7 @@ from training.advantages import MissingEnd
 from training.options import LoraOptions, StepOptions
 from training.ppo_update import UpdateOptions
 from training.reward_sources import RewardSourceOptions
+from training.rollout_server import RolloutServerOptions
 from training.rollouts import PromptFormat
 
 
@@ -55,6 +56,9 @@ class PpoOptions(UpdateOptions, StepOptions):
     """That completions are drawn at, and all log-probabilities taken at. There is no top-p and no top-k."""
     generation_batch_size: int = Field(default=64, ge=1)
     """Completions that one process writes at once."""
+
+    rollout_server: RolloutServerOptions = RolloutServerOptions()
+    """Where completions are written, if not in this process."""
 
     score_shift: float = 0.0
     """Taken off each score, so that 0 is a usual one. A reward model of winnow's is centred already."""

@@ -18,7 +18,8 @@ from training.language_mix import LanguageMix, read_mix
 from training.policies import Policy, load_policy
 from training.ppo_learner import LanguageLearner
 from training.ppo_options import PpoOptions
-from training.rollouts import EncodedPrompt, read_prompts
+from training.rollout_server import ServerSampler
+from training.rollouts import EncodedPrompt, ModelSampler, Sampler, read_prompts
 from training.value_models import RewardValues, StateValues, reward_values, state_values, without_dropout
 
 KEPT = "kept.pt"
@@ -111,6 +112,20 @@ def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
     train, left_out = read(options.prompts)
     held_out, also_left_out = read(options.eval_prompts) if options.eval_prompts else ([], 0)
     return Prompts(train, held_out, left_out + also_left_out)
+
+
+def build_sampler(actors: Actors, options: PpoOptions) -> Sampler:
+    """What writes completions. Raises `OptionsError`."""
+    if options.rollout_server.url is None:
+        return ModelSampler(actors, options.generation_batch_size)
+    served = Path(options.output) / "served"
+    return ServerSampler(options.rollout_server, actors.policy, options.temperature, served)
+
+
+def weight_files(options: PpoOptions) -> list[str]:
+    """What the models are loaded from, where those are folders: a run must not go on with others of the same name."""
+    folders = [Path(name).expanduser() for name in (options.base, options.reward.model, options.value_base) if name]
+    return sorted({str(file) for folder in folders for file in folder.glob("*.safetensors")})
 
 
 def _policies(options: PpoOptions) -> tuple[Policy, Hydra | None, Policy | None]:

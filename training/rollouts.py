@@ -52,13 +52,31 @@ class Sampled:
     """It came to its end token."""
     score: float
     """As the reward source gave it."""
+    sampled_logprobs: Sequence[float] | None
+    """As the sampler saw them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A completion as it was drawn."""
+
+    ids: Sequence[int]
+    """Its end token included, where it came to one. Not empty."""
+    logprobs: Sequence[float] | None = None
+    """Of each, as the sampler saw it; None where that is the pass of training itself."""
 
 
 class Sampler(Protocol):
     """Writes completions of prompts under the policy as it is now."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], chance: Tensor) -> list[list[int]]:
-        """Token ids, the end token included; none longer than `chance` (B, C) is wide, which holds uniform numbers."""
+    def __call__(self, prompts: Sequence[Sequence[int]], chance: Tensor) -> list[Written]:
+        """None longer than `chance` (B, C) is wide, which holds uniform numbers. Raises `UnreachableError`."""
+
+    def weights_changed(self, iteration: int) -> None:
+        """The policy has learnt, or was loaded: called by one process before it is sampled from again.
+
+        Raises `UnreachableError`.
+        """
 
 
 class ScoreTexts(Protocol):
@@ -111,14 +129,19 @@ def batch_of_prompts(num_prompts: int, iteration: int, batch_size: int, seed: in
     return places
 
 
-def model_sampler(actors: Actors, batch_size: int) -> Sampler:
+class ModelSampler:
     """Decodes with the policy's own weights, prompts of similar length together."""
 
-    def sample(prompts: Sequence[Sequence[int]], chance: Tensor) -> list[list[int]]:
-        completions: list[list[int]] = [[] for _ in prompts]
+    def __init__(self, actors: Actors, batch_size: int) -> None:
+        self._actors = actors
+        self._batch_size = batch_size
+
+    def __call__(self, prompts: Sequence[Sequence[int]], chance: Tensor) -> list[Written]:
+        actors = self._actors
+        completions: list[Written] = [Written([])] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        for start in range(0, len(prompts), batch_size):
-            part = by_length[start : start + batch_size]
+        for start in range(0, len(prompts), self._batch_size):
+            part = by_length[start : start + self._batch_size]
             with actors.precision():
                 written = decode(
                     actors.policy.model,
@@ -129,10 +152,11 @@ def model_sampler(actors: Actors, batch_size: int) -> Sampler:
                     pad_id=actors.policy.pad_id,
                 )
             for place, ids in zip(part, written, strict=True):
-                completions[place] = ids
+                completions[place] = Written(ids)
         return completions
 
-    return sample
+    def weights_changed(self, iteration: int) -> None:
+        """They are the policy's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +183,15 @@ class Collector:
         chance = uniforms(self.seed, stream, rows, self.max_new_tokens)
         written = self.sampler([prompt.ids for prompt in mine], chance)
         stop_ids, tokenizer = self.actors.policy.stop_ids, self.actors.policy.tokenizer
-        ended = [ids[-1] in stop_ids for ids in written]
+        ended = [one.ids[-1] in stop_ids for one in written]
         texts = [
-            tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)
-            for ids, end in zip(written, ended, strict=True)
+            tokenizer.decode(one.ids[:-1] if end else one.ids, skip_special_tokens=True)
+            for one, end in zip(written, ended, strict=True)
         ]
         scores = self.score([prompt.messages for prompt in mine], texts)
         return [
-            Sampled(prompt, TokenSequence(prompt.ids, ids), text, end, score)
-            for prompt, ids, text, end, score in zip(mine, written, texts, ended, scores, strict=True)
+            Sampled(prompt, TokenSequence(prompt.ids, one.ids), text, end, score, one.logprobs)
+            for prompt, one, text, end, score in zip(mine, written, texts, ended, scores, strict=True)
         ]
 
     def freeze(self, samples: Sequence[Sampled]) -> list[Frozen]:

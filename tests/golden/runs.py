@@ -1,6 +1,6 @@
 """Golden runs: what the first steps of a training gave when they were last looked at.
 
-`python -m tests.golden.runs` writes them anew; a change to one is explained where it is made.
+`python -m tests.golden.runs [NAME …]` writes them anew; a change to one is explained where it is made.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tests.fakes.models import build_tiny_causal_lm
 from training.comparisons import read_comparisons
 from training.dpo import DpoOptions, train_dpo
 from training.options import RewardOptions
+from training.ppo import train_ppo
+from training.ppo_options import PpoOptions
 from training.reward_model import train_reward_model
 from training.sft import SftOptions, train_sft
 
@@ -105,6 +108,48 @@ def policy_steps(name: str, home: Path) -> list[dict[str, float]]:
     return [{key: json.loads(line)[key] for key in ("step", "loss", "grad_norm")} for line in lines]
 
 
+PPO: dict[str, dict[str, Any]] = {
+    "ppo_full": {"tuning": "full", "learning_rate": 1e-3, "kl_target": 2.0, "kl_horizon": 100.0},
+    "ppo_lora": {"tuning": "lora", "learning_rate": 5e-3, "lora": {"rank": 4}, "num_minibatches": 2},
+    "ppo_top_layers": {"tuning": "top_layers", "top_layers": 1, "learning_rate": 3e-3},
+}
+"""Settings of each golden run of PPO: the prompts are the sample's, the reward a rule."""
+
+
+def ppo_steps(name: str, home: Path) -> list[dict[str, float]]:
+    """Losses, gradient norms (before clipping), score and KL of the first iterations."""
+    torch.set_num_threads(1)
+    settings = {
+        "base": str(build_tiny_causal_lm(home / "base", spread=1.0)),
+        "output": str(home / name),
+        "prompts": [str(DATA / f"{file}.jsonl.gz") for file in TRAIN],
+        "max_prompt_tokens": 128,
+        "max_new_tokens": 8,
+        "reward": {"function": "tests.training.ppo_tasks:letters"},
+        "device": "cpu",
+        "iterations": STEPS,
+        "global_batch_size": 8,
+        "ppo_epochs": 2,
+        "value_learning_rate": 1e-2,
+        "value_width": 16,
+        "seed": 11,
+        **PPO[name],
+    }
+    train_ppo(PpoOptions.model_validate(settings))
+    lines = (home / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = ("step", "score", "kl", "policy_loss", "value_loss", "policy_grad_norm", "value_grad_norm")
+    return [{key: json.loads(line)[key] for key in kept} for line in lines]
+
+
+Steps = Callable[[str, Path], list[dict[str, float]]]
+RUNS: dict[str, Steps] = {
+    **dict.fromkeys(REWARD, reward_steps),
+    **dict.fromkeys(POLICIES, policy_steps),
+    **dict.fromkeys(PPO, ppo_steps),
+}
+"""How each golden run is made."""
+
+
 def golden(name: str) -> list[dict[str, float]]:
     """What is on record."""
     record: list[dict[str, float]] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
@@ -112,10 +157,9 @@ def golden(name: str) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    for name in [*REWARD, *POLICIES]:
-        steps = reward_steps if name in REWARD else policy_steps
+    for name in sys.argv[1:] or RUNS:
         with tempfile.TemporaryDirectory() as home:
-            lines = [json.dumps(step) for step in steps(name, Path(home))]
+            lines = [json.dumps(step) for step in RUNS[name](name, Path(home))]
         (HERE / f"{name}.json").write_text("[\n " + ",\n ".join(lines) + "\n]\n", encoding="utf-8")
         print(f"{name}: {len(lines)} steps", file=sys.stderr)
 
