@@ -12,7 +12,7 @@ CLIENTS := .clients
 CLIENT_LISTS := tests/clients/python/openai-2.txt tests/clients/python/openai-3.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install clients run test lint docs bench clean
+.PHONY: help install clients run test lint docs bench recipe clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ docs: install ## the reference pages of docs/, written from the code
 
 bench: install ## the benchmarks, as tables of ratios
 	$(BIN)/python benchmarks/run.py
+
+recipe: install ## SFT, reward model and PPO on real data (WINNOW_DATA=folder), with a report: runs/recipe/report.html
+	$(BIN)/winnow train rlhf --config training/configs/recipe.yaml
 
 clean: ## removes .venv and caches
 	rm -rf $(VENV) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from training.distill import DistillOptions
 from training.dpo import DpoOptions
 from training.options import RewardOptions
 from training.ppo_options import PpoOptions
+from training.rlhf_options import RlhfOptions
 from training.sft import SftOptions
 from winnow.__main__ import command_tree
 
@@ -33,6 +34,7 @@ TRAINERS: Mapping[str, tuple[type[BaseModel], str]] = {
     "dpo": (DpoOptions, "[Training language models](training.md#preferences-without-a-reward-model)"),
     "ppo": (PpoOptions, "[PPO](training-ppo.md)"),
     "distill": (DistillOptions, "[Training language models](training.md#the-best-of-n-answers)"),
+    "rlhf": (RlhfOptions, "[The whole loop](training-rlhf.md)"),
 }
 """Settings of each `winnow train`, and the page that explains them."""
 _NOTICE = (
@@ -176,6 +178,8 @@ def _type(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"list of {_type(arguments[0])}"
     if origin in (dict, Mapping):
+        if arguments[1] is Any:
+            return "mapping"
         return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
     if hasattr(annotation, "__metadata__"):
         pattern = [getattr(one, "metadata", ()) for one in annotation.__metadata__]

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, drawn with matplotlib's objects: no window, no global state.
+"""Figures of an evaluation, and what all figures share; drawn with matplotlib's objects: no window, no global state.
 
 Each function takes a part of the report and gives a figure; `as_png` and `as_svg` turn it into bytes.
 """
@@ -55,20 +55,20 @@ def as_svg(figure: Figure) -> bytes:
 
 def accuracy_figure(sets: Mapping[str, SetReport]) -> Figure:
     """Every set's accuracy with its interval by prompt, beside "the longer one wins"."""
-    figure, axes = _rows(list(sets))
+    figure, axes = rows(list(sets))
     for place, row in enumerate(sets.values()):
         axes.plot([row.low_by_prompt * 100, row.high_by_prompt * 100], [place, place], color=OWN, lw=5, alpha=0.3)
         axes.plot(row.accuracy * 100, place, "o", color=OWN, ms=8, label="this model" if not place else None)
         longer = row.baselines[LONGER].accuracy * 100
         axes.plot(longer, place, "D", mfc="white", mec=OTHER, mew=1.6, ms=6, label="longer wins" if not place else None)
     axes.axvline(50, color=GREY, ls=":", lw=1)
-    _finish(axes, "pairs in the people's order, %")
+    finish(axes, "pairs in the people's order, %")
     return figure
 
 
 def calibration_figure(row: SetReport) -> Figure:
     """How sure the model is of its choice against how often people made the same; circles as large as their bins."""
-    figure, axes = _plain(4.6, 4.2)
+    figure, axes = plain(4.6, 4.2)
     axes.plot([50, 100], [50, 100], color=GREY, ls=":", lw=1, label="as sure as right")
     confidence = [one.confidence * 100 for one in row.calibration_bins]
     accuracy = [one.accuracy * 100 for one in row.calibration_bins]
@@ -77,13 +77,13 @@ def calibration_figure(row: SetReport) -> Figure:
     axes.scatter(confidence, accuracy, sizes, color=OWN, alpha=0.75, label="this model")
     axes.set_ylabel("right, %")
     axes.set_ylim(min([45.0, *(a - 5 for a in accuracy)]), 103)
-    _finish(axes, "confidence σ(gap), %")
+    finish(axes, "confidence σ(gap), %")
     return figure
 
 
 def length_figure(sets: Mapping[str, SetReport]) -> Figure:
     """Accuracy where length helps, where it misleads, and where it is no clue."""
-    figure, axes = _rows(list(sets))
+    figure, axes = rows(list(sets))
     for place, row in enumerate(sets.values()):
         bias = row.length_bias
         points = (
@@ -100,25 +100,25 @@ def length_figure(sets: Mapping[str, SetReport]) -> Figure:
             if not place:
                 axes.plot([], [], marker, color=colour, label=label)
     axes.axvline(50, color=GREY, ls=":", lw=1)
-    _finish(axes, "pairs in the people's order, %")
+    finish(axes, "pairs in the people's order, %")
     return figure
 
 
 def comparison_figure(found: Comparison) -> Figure:
     """Differences in points with their intervals; right of 0 the first model is better."""
-    figure, axes = _rows(list(found.sets))
+    figure, axes = rows(list(found.sets))
     for place, one in enumerate(found.sets.values()):
         colour = WARM if one.high < 0 else OWN if one.low > 0 else GREY
         axes.plot([one.low * 100, one.high * 100], [place, place], color=colour, lw=5, alpha=0.35)
         axes.plot(one.difference * 100, place, "o", color=colour, ms=8)
     axes.axvline(0, color=INK, lw=1)
-    _finish(axes, "points more accurate than the other model")
+    finish(axes, "points more accurate than the other model")
     return figure
 
 
 def benchmark_figure(found: BenchmarkReport) -> Figure:
     """Each section's score as a bar, with chance marked."""
-    figure, axes = _rows(list(found.sections))
+    figure, axes = rows(list(found.sections))
     for place, section in enumerate(found.sections.values()):
         axes.barh(place, section.score * 100, color=OWN, height=0.55)
         if section.low is not None and section.high is not None:
@@ -127,13 +127,13 @@ def benchmark_figure(found: BenchmarkReport) -> Figure:
             axes.plot([section.chance * 100] * 2, [place - 0.4, place + 0.4], color=WARM, lw=1.5)
     axes.plot([], [], color=WARM, lw=1.5, label="chance")
     axes.set_xlim(0, 100)
-    _finish(axes, "score, %")
+    finish(axes, "score, %")
     return figure
 
 
 def acceptability_figure(found: AcceptabilityReport) -> Figure:
     """The fitted probability over rewards, what was seen, and where the thresholds lie."""
-    figure, axes = _plain(_WIDTH, 3.8)
+    figure, axes = plain(_WIDTH, 3.8)
     fitted = AcceptanceMap(found.slope, found.intercept)
     rewards = [one.reward for one in found.bins] + [one.reward for one in found.thresholds]
     low, high = min(rewards) - 0.3, max(rewards) + 0.3
@@ -154,13 +154,13 @@ def acceptability_figure(found: AcceptabilityReport) -> Figure:
         axes.annotate(one.name, (one.reward, 2), color=OTHER, fontsize=8, rotation=90, ha="right", va="bottom")
     axes.set_ylim(0, 103)
     axes.set_ylabel("acceptable, %")
-    _finish(axes, "reward")
+    finish(axes, "reward")
     return figure
 
 
 def overoptimisation_figure(found: OveroptimisationReport) -> Figure:
     """Gains against KL, as Gao et al. draw them; n along the top."""
-    figure, axes = _plain(_WIDTH, 4.4)
+    figure, axes = plain(_WIDTH, 4.4)
     kl = [point.kl for point in found.points]
     axes.fill_between(
         kl, [p.gold_low for p in found.points], [p.gold_high for p in found.points], color=OWN, alpha=0.18, lw=0
@@ -179,18 +179,19 @@ def overoptimisation_figure(found: OveroptimisationReport) -> Figure:
     top.spines["top"].set_visible(False)
     axes.axhline(0, color=GREY, lw=0.8)
     axes.set_ylabel("gain, deviations")
-    _finish(axes, "KL(best of n from the model), nats")
+    finish(axes, "KL(best of n from the model), nats")
     return figure
 
 
-def _plain(width: float, height: float) -> tuple[Figure, Axes]:
+def plain(width: float, height: float) -> tuple[Figure, Axes]:
+    """One empty plot, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
+def rows(names: Sequence[str]) -> tuple[Figure, Axes]:
     """A row for each name, the first on top."""
-    figure, axes = _plain(_WIDTH, 1.5 + 0.34 * len(names))
+    figure, axes = plain(_WIDTH, 1.5 + 0.34 * len(names))
     axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     return figure, axes
@@ -202,7 +203,8 @@ def _label(name: str) -> str:
     return short.replace("$", r"\$")
 
 
-def _finish(axes: Axes, xlabel: str) -> None:
+def finish(axes: Axes, xlabel: str) -> None:
+    """The looks that all plots share, and a legend where something has a label."""
     axes.set_xlabel(xlabel, color=INK)
     axes.grid(axis="both", color=LIGHT, lw=0.8)
     axes.set_axisbelow(True)

@@ -100,6 +100,10 @@ def fit(accelerator: Accelerator, policy: Policy, objective: Objective, options:
     stopping = _is_stale(progress, options)
     with RunLog(run, active=accelerator.is_main_process, resumed_step=progress.step) as log:
         bar = log.task("training", total=num_steps, completed=progress.step)
+        if objective.validate is not None and progress.step == 0:
+            # What training starts from, to hold all that follows against. It is no candidate for the best weights.
+            policy.model.eval()
+            log.metrics(0, objective.validate(placement))
         for indices in islice(order, progress.step, None):
             if stopping:
                 break

@@ -234,7 +234,7 @@ def load_options(kind: type[OptionsT], path: Path, overrides: Sequence[str] = ()
     except UnsetVariableError as error:
         raise OptionsError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise OptionsError(f"{path}: {_explain(kind, error)}") from error
+        raise OptionsError(f"{path}: {explain(kind, error)}") from error
 
 
 def _apply(record: dict[str, Any], override: str) -> None:
@@ -255,7 +255,8 @@ def _apply(record: dict[str, Any], override: str) -> None:
         place[last] = float(place[last])  # YAML 1.1 reads 1e-5 as text
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+def explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first problem as `setting: what is wrong`, with the name that was meant where one is near."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

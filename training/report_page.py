@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from feedback.jsonl import replacing
 from training.figures import as_png, as_svg, figures
+from training.page import render
 from training.reports import EvaluationReport
 
 PAGE, NUMBERS = "index.html", "report.json"
@@ -38,32 +35,4 @@ def write_report(folder: Path, report: EvaluationReport, made: datetime) -> Path
 
 def page(report: EvaluationReport, drawn: Mapping[str, bytes], made: datetime) -> str:
     """HTML. `drawn`: the figures as SVG, by name."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=_percent, points=_points, p=_p, signed=_signed)
-    template = environment.get_template("report_page.html.jinja")
-    images = {
-        name: Markup("data:image/svg+xml;base64,") + base64.b64encode(svg).decode() for name, svg in drawn.items()
-    }
-    return template.render(report=report, images=images, made=made.strftime("%Y-%m-%d %H:%M UTC"))
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.1%}"
-
-
-def _points(value: float) -> str:
-    return f"{value * 100:+.1f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+    return render("report_page.html.jinja", drawn, report=report, made=made.strftime("%Y-%m-%d %H:%M UTC"))

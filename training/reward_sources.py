@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from pydantic import Field, SecretStr
 
@@ -37,8 +37,11 @@ class RewardSourceOptions(Options):
     function: str | None = None
     """`module:name` of a function of ours: (prompts as lists of messages, completions as texts) -> a number each."""
     calls_at_once: int = Field(default=32, ge=1)
-    """Prompts that a model or service is asked about at once."""
+    """Prompts that a service is asked about at once."""
 
+
+if TYPE_CHECKING:
+    from reward.model import RewardModel
 
 OpenRemote = Callable[[RewardSourceOptions], Scorer]
 """Makes the scorer of a service; handed in, since the transport is no business of training."""
@@ -60,14 +63,15 @@ class RewardSource:
         if len(named) != 1:
             raise OptionsError(f"reward: name one of model, url and function, not {len(named)} of them")
         self._function: RewardFunction | None = None
+        self._model_source: str | None = None
+        self._model: RewardModel | None = None
+        self._device = device
         self._scorer: Scorer | None = None
         self._calls_at_once = options.calls_at_once
         if options.function is not None:
             self._function = _imported(options.function)
         elif options.model is not None:
-            from reward.local import LocalScorer
-
-            self._scorer = LocalScorer(options.model, device=device)
+            self._model_source = options.model
         elif open_remote is None:
             raise OptionsError("reward.url: nothing here opens connections; start the run by `winnow train ppo`")
         else:
@@ -75,6 +79,10 @@ class RewardSource:
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:
+        if self._model_source is not None:
+            from reward.model import load_reward_model
+
+            self._model = load_reward_model(self._model_source, device=self._device)
         if self._scorer is not None:
             try:
                 self._runner.run(self._scorer.start())
@@ -94,6 +102,8 @@ class RewardSource:
         """A score for each completion, in order. Raises `ScoringError` for too few, too many, or one not finite."""
         if self._function is not None:
             scores = list(self._function(prompts, completions))
+        elif self._model is not None:
+            scores = _rewards(self._model, prompts, completions)
         else:
             scores = self._runner.run(self._ask(prompts, completions))
         if len(scores) != len(completions):
@@ -121,6 +131,17 @@ class RewardSource:
             # The first is the cause; the others were cancelled or say the same.
             raise failed.exceptions[0] from failed
         return [task.result() for task in asked]
+
+
+def _rewards(model: RewardModel, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    """In batches that depend on the texts alone, so that a run which is resumed gets the very same rewards."""
+    items = [
+        model.renderer.render(prompt, [{"role": "assistant", "content": text}])
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    return [
+        model.manifest.score(raw, item).reward for raw, item in zip(model.raw_scores_of_all(items), items, strict=True)
+    ]
 
 
 def _imported(name: str) -> RewardFunction:

@@ -75,7 +75,7 @@ class RunLog:
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # A line cut off by a kill has no end.
-                if line.endswith("\n") and json.loads(line)["step"] <= self._resumed_step:
+                if line.endswith("\n") and json.loads(line)["step"] <= self._resumed_step > 0:
                     kept.append(line)
         file = path.open("w", encoding="utf-8")
         file.writelines(kept)

@@ -10,6 +10,7 @@ import yaml
 from training.distill import DistillOptions
 from training.dpo import DpoOptions
 from training.options import PolicyOptions, load_options
+from training.rlhf_options import RlhfOptions, require_whole
 from training.sft import SftOptions
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,15 @@ def test_configurations_of_policies_are_accepted(name: str, monkeypatch: pytest.
         named = found.model_dump()
         files: list[str] = [file for kind in ("train", "validation", "prompts") for file in named.get(kind, ())]
         assert files and all((ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize("name", ["rlhf-tiny", "recipe"])
+def test_configurations_of_the_loop_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_DATA", "data")
+    found = load_options(RlhfOptions, CONFIGS / f"{name}.yaml")
+    require_whole(found)
+    if name.endswith("tiny"):
+        assert all((ROOT / file).is_file() for file in [*found.sample.prompts, *found.evaluate.prompts])
 
 
 def test_the_launch_configuration_asks_accelerate_for_what_it_does() -> None:

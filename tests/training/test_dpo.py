@@ -70,7 +70,8 @@ def test_comparisons_are_learnt_and_the_metrics_are_what_they_say(task: Task, tm
     chosen = options(task, tmp_path / "run", epochs=3, tuning="lora", lora={"rank": 8, "dropout": 0.0})
     chosen = chosen.model_copy(update={"learning_rate": 1e-2})
     folder = train_dpo(chosen)
-    log = tasks.read_log(tmp_path / "run")
+    start, *log = tasks.read_log(tmp_path / "run")
+    assert start["step"] == 0 and start["validation_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "the first step is taken from the reference"
     assert log[0]["margin"] == pytest.approx(0, abs=1e-4) and log[0]["grad_norm"] > 0
     validations = [line for line in log if "validation_loss" in line]
@@ -108,7 +109,7 @@ def test_a_step_is_the_mean_over_its_prompts_however_it_is_cut_up(task: Task, tm
         chosen = options(task, run, epochs=0.4, micro_batch_tokens=tokens, packing=packing)
         train_dpo(chosen.model_copy(update={"train": train}))
         logs.append(tasks.read_log(run))
-    assert logs[0][0]["pairs"] >= 8
+    assert logs[0][1]["pairs"] >= 8
     for log in logs[1:]:
         for ours, first in zip(log, logs[0], strict=True):
             assert ours == pytest.approx(first, rel=1e-4, abs=1e-5)
@@ -123,7 +124,7 @@ def test_two_processes_train_the_same_policy(sharding: str, task: Task, tmp_path
     run = policy_tasks.on_two_processes("dpo", options(task, tmp_path / "two", sharding=sharding, **settings))
     train_dpo(options(task, tmp_path / "one", **settings))
     ours, theirs = tasks.read_log(tmp_path / "one"), tasks.read_log(run)
-    assert len(ours) == len(theirs) == 6 + 2
+    assert len(ours) == len(theirs) == 6 + 3
     for one, two in zip(ours, theirs, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
     weights, others = policy_tasks.saved_weights(tmp_path / "one"), policy_tasks.saved_weights(run)

@@ -11,7 +11,7 @@ import typer
 
 from feedback.jsonl import DataError
 from reward.errors import RewardError
-from winnow.console import CommandError, progress_console
+from winnow.console import FAILED, CommandError, progress_console
 
 if TYPE_CHECKING:
     from reward.scorer import Scorer
@@ -116,6 +116,29 @@ def train_ppo(config: ConfigFile, override: Overrides = None) -> None:
 
         folder = train_ppo(load_options(PpoOptions, config, override or []), open_remote=_remote)
     _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+
+
+@app.command("rlhf")
+def train_rlhf(config: ConfigFile, override: Overrides = None) -> None:
+    """Fine-tune on demonstrations, then in rounds: sample, rank, train a reward model, improve the policy by PPO.
+
+    A killed run goes on where it was when the same command is given again. Ends with 1 when the run did not show what
+    its `expect` says.
+
+    Example: winnow train rlhf --config training/configs/rlhf-tiny.yaml --set output=runs/first
+    """
+    with trainer():
+        from training.options import load_options
+        from training.rlhf import Tools
+        from training.rlhf import train_rlhf as run
+        from training.rlhf_options import RlhfOptions
+        from winnow.commands.rlhf_drawing import drawer
+
+        options = load_options(RlhfOptions, config, override or [])
+        finished = run(options, Tools(drawer(options.device), _remote, _say))
+    _say(f"policy and reward model in {options.output}; {finished.report} tells how they came about")
+    if finished.unmet:
+        raise CommandError("; ".join(f"not shown: {one.what} ({one.found})" for one in finished.unmet), FAILED)
 
 
 def _remote(options: RewardSourceOptions) -> Scorer:
