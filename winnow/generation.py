@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -123,18 +123,16 @@ async def completions_of(origin: Origin, sampling: Sampling, pace: Pace) -> Asyn
     patient = settings.model_copy(update={"first_byte_timeout_s": _FOREVER_S})
     guarded = GuardedUpstream(paced, patient, ProxyMetrics(CollectorRegistry(), __version__))
     drawer = Drawer(guarded, Capabilities(settings.n_mode))
-    try:
-        await guarded.open()
-        model = await _model_name(origin, guarded)
-    except (RewardError, ValueError) as error:
-        raise CommandError(str(error)) from error
-    except UpstreamError as error:
-        await guarded.aclose()
-        raise CommandError(f"{origin.base_url}: {error}", FAILED) from error
-    try:
+    async with AsyncExitStack() as opened:
+        opened.push_async_callback(guarded.aclose)
+        try:
+            await guarded.open()
+            model = await _model_name(origin, guarded)
+        except (RewardError, ValueError) as error:
+            raise CommandError(str(error)) from error
+        except UpstreamError as error:
+            raise CommandError(f"{origin.base_url}: {error}", FAILED) from error
         yield Completer(model, drawer, paced, sampling, pace, origin.base_url is None)
-    finally:
-        await guarded.aclose()
 
 
 def _upstream(origin: Origin, settings: Any, pace: Pace) -> Upstream:

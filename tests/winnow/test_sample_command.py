@@ -232,6 +232,15 @@ def test_bad_usage_is_one_line(
     assert problem in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_server_that_is_not_there_or_lists_nothing_is_one_line(
+    upstream: FakeUpstream, url: str, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample("--prompts", prompts, "--base-url", "http://127.0.0.1:1/v1") == 1
+    assert "http://127.0.0.1:1/v1: The upstream upstream cannot be reached" in capsys.readouterr().err
+    assert sample("--prompts", prompts, "--base-url", f"{url}/elsewhere") == 1
+    assert "lists no model: name one with --model" in capsys.readouterr().err
+
+
 def test_a_bad_prompt_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "fine"}\n{"question": "?"}\n', encoding="utf-8")
