@@ -29,7 +29,7 @@ class StrategySettings(Section):
     longer. Where half are not there, `straggler_factor` times as long as usual. 0: nothing is learnt."""
     wave_size: int = Field(default=4, ge=1)
     """`adaptive`: most candidates drawn at once."""
-    stop_cost: float = Field(default=0.12, ge=0)
+    stop_cost: float = Field(default=0.13, ge=0)
     """`adaptive`: a candidate is drawn while it is expected to better the best reward by this much, in deviations
     of one prompt's rewards as learnt on this route."""
     stop_at_min_reward: bool = False

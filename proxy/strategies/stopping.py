@@ -32,7 +32,7 @@ from proxy.strategies.history import Prior
 _STEPS = 96
 _SPAN = 9.0
 """Simpson's rule over the upper tail: so many intervals, up to so many deviations."""
-_ROUTE_SHARE = 2.0
+_ROUTE_SHARE = 4.0
 """m above: candidates after which the prompt's own rewards count as much as the route's."""
 _SAMPLE_HALF = 32
 """Rewards in the route's sample at which m has half its size: a handful says nothing of a ceiling."""
