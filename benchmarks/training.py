@@ -33,13 +33,13 @@ _TRL, _OURS = _HERE / "trl_policies_script.py", _HERE / "winnow_policies_script.
 def run(rounds: int = ROUNDS, batches: int = 4) -> list[Table]:
     """Some five minutes of CPU with the small model."""
     with tempfile.TemporaryDirectory() as scratch:
-        return _compared("a Llama of 17 million weights", _small_model(Path(scratch)), rounds, batches)
+        return _compared("a Llama of 17 million weights", small_model(Path(scratch)), rounds, batches)
 
 
 def run_full() -> list[Table]:
     """With SmolLM2-135M: some ten minutes of CPU."""
     with tempfile.TemporaryDirectory() as scratch:
-        small = _compared("a Llama of 17 million weights", _small_model(Path(scratch)), ROUNDS, 4)
+        small = _compared("a Llama of 17 million weights", small_model(Path(scratch)), ROUNDS, 4)
     return [*small, *_compared("SmolLM2-135M", resolve_base(DEFAULT_BASE), 1, 2)]
 
 
@@ -65,7 +65,7 @@ def records(method: Method, count: int, seed: int) -> list[dict[str, Any]]:
 def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
     rows: list[list[str | float | None]] = []
     wanted: list[bars.Bar] = []
-    with peers.library(peers.TRL, _TRL) as trl, _ours() as winnow:
+    with peers.library(peers.TRL, _TRL) as trl, winnow_side(_OURS) as winnow:
         if trl is None:
             return []
         for method, unit in (("sft", "tokens"), ("dpo", "pairs")):
@@ -100,9 +100,10 @@ def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
 
 
 @contextlib.contextmanager
-def _ours() -> Iterator[peers.Library]:
+def winnow_side(script: Path) -> Iterator[peers.Library]:
+    """A script of ours that answers as a peer's does, in a process of its own."""
     environment = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_HERE.parent)}
-    command = [sys.executable, "-P", str(_OURS)]
+    command = [sys.executable, "-P", str(script)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield peers.Library("winnow", process)
@@ -111,7 +112,8 @@ def _ours() -> Iterator[peers.Library]:
         process.communicate()
 
 
-def _small_model(folder: Path) -> str:
+def small_model(folder: Path) -> str:
+    """A Llama of 17 million random weights with SmolLM2's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -34,10 +34,14 @@ def uniforms(seed: int, stream: str, rows: Sequence[int], count: int) -> Tensor:
 def draw(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
     """Tokens (B,) from logits (B, V) by numbers (B,) in [0, 1): the first whose cumulated probability is past it."""
     assert temperature > 0
-    cumulated = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    device = logits.device
+    # Apple's GPUs have no fp64.
+    exact = logits.cpu() if device.type == "mps" else logits
+    cumulated = (exact.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     # By the sum as it came out: rounding must not leave a gap above the last token.
-    wanted = (chance.to(logits.device) * cumulated[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulated, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    wanted = (chance.to(cumulated.device) * cumulated[:, -1]).unsqueeze(-1)
+    drawn = torch.searchsorted(cumulated, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return drawn.to(device)
 
 
 @torch.no_grad()

@@ -51,11 +51,11 @@ class LanguageMix:
         self.taken += len(examples)
         num_tokens = sum(one.num_completion_tokens for one in examples)
         mine = examples[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros((), dtype=torch.float64, device=actors.device)
+        total = torch.zeros((), device=actors.device)
         for part in batches_by_length([len(one) for one in mine], self._micro_batch_tokens):
             loss = self._loss([mine[k] for k in part], actors)
             (self._coefficient * loss / num_tokens).backward()
-            total += loss.detach().double()
+            total += loss.detach()
         return float(accelerator.reduce(total, reduction="sum")) / num_tokens
 
     def _place(self, number: int) -> int:

@@ -100,7 +100,7 @@ def _measured(collector: Collector, sequences: Sequence[TokenSequence]) -> list[
         first = k1(token_logprobs(policy, tokens), token_logprobs(reference, tokens))
         log_policy = policy.log_softmax(dim=-1)
         facts = (exact_kl(log_policy, reference.log_softmax(dim=-1)), first, entropy_of(log_policy))
-        kl, sampled, entropy = (in_slots(fact, batch.slots).double().sum(dim=1).tolist() for fact in facts)
+        kl, sampled, entropy = (in_slots(fact, batch.slots).cpu().double().sum(dim=1).tolist() for fact in facts)
         for row, place in enumerate(part):
             length = len(sequences[place].completion)
             results[place] = (kl[row], sampled[row], entropy[row] / length)

@@ -82,6 +82,8 @@ class LanguageLearner:
         return GradNorms(*norms)
 
     def reduce(self, totals: Tensor) -> Tensor:
+        if self._accelerator.num_processes == 1:
+            return totals
         return cast(Tensor, self._accelerator.reduce(totals.to(self._actors.device), reduction="sum")).cpu()
 
     def state(self) -> list[dict[str, Any]]:

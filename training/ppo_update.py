@@ -245,4 +245,4 @@ def _sums(policy_loss: Tensor, value_loss: Tensor, facts: _Facts, *, is_first: b
         facts.update_kl.sum(),
         (ratio - 1).abs().sum() * is_first,
     ]
-    return torch.stack([term.double().cpu() for term in terms])
+    return torch.stack([term.cpu().double() for term in terms])

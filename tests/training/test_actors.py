@@ -199,6 +199,22 @@ def test_p15_each_network_has_its_own_rate_and_clipping(base: Path, tmp_path: Pa
     assert any(not torch.allclose(a, b, atol=1e-2) for a, b in zip(value, parts.actors.value_parameters(), strict=True))
 
 
+def test_p20_adam_is_given_a_large_eps(base: Path, tmp_path: Path) -> None:
+    """With 1e-5 a first step on a gradient of 1e-6 is a tenth of the rate, not the whole of it."""
+    parts = ppo_tasks.parts(base, tmp_path)
+    weight = parts.actors.value_parameters()[0]
+    before = weight.detach().clone()
+
+    def loss_of(now: Evaluation, rows: Tensor) -> Tensor:
+        return 1e-6 * weight.sum() + 0 * now.logprobs.sum()
+
+    parts.learner.rows = parts.actors.freeze(SEQUENCES)
+    parts.learner.accumulate(torch.arange(4), loss_of)
+    parts.learner.step()
+    rate = ppo_tasks.options(base, tmp_path, tmp_path).value_learning_rate
+    assert torch.allclose(before - weight, torch.full_like(weight, rate * 1e-6 / (1e-6 + 1e-5)), rtol=1e-2)
+
+
 def test_p14_micro_batches_give_the_gradient_of_the_whole(base: Path, tmp_path: Path) -> None:
     found = []
     for tokens in (10_000, 1):
