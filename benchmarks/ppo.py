@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars, peers
+from benchmarks.policies import WORDS, small_model, winnow_side
 from benchmarks.tables import Table
-from benchmarks.training import WORDS, small_model, winnow_side
 from reward.bases import DEFAULT_BASE, quiet_loading, resolve_base
 
 BATCH_SIZE, NEW_TOKENS, EPOCHS, PROMPT_WORDS = 16, 24, 4, 15

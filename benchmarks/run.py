@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encoders, gateway, gateway_memory, ppo, ranking, scoring, trainers, training, waiting
+from benchmarks import encoders, gateway, gateway_memory, policies, ppo, ranking, scoring, trainers, waiting
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
@@ -31,12 +31,12 @@ _PARTS: dict[str, Callable[[], list[Table]]] = {
     "waiting": waiting.run,
     "ranking": ranking.run,
     "trainers": trainers.run,
-    "training": training.run,
+    "training": policies.run,
     "ppo": ppo.run,
 }
 _FULL: dict[str, Callable[[], list[Table]]] = {
     "scoring": lambda: scoring.run(scoring.FULL),
-    "training": training.run_full,
+    "training": policies.run_full,
     "ppo": ppo.run_full,
 }
 

@@ -1,4 +1,4 @@
-"""Winnow's side of `training.py`, in a process of its own as TRL's is: questions and answers are those of
+"""Winnow's side of `policies.py`, in a process of its own as TRL's is: questions and answers are those of
 `trl_policies_script.py`.
 """
 
