@@ -116,6 +116,7 @@ def fit(accelerator: Accelerator, policy: Policy, objective: Objective, options:
             if objective.validate is not None and (progress.step % options.eval_every == 0 or is_end):
                 policy.model.eval()
                 found = objective.validate(placement)
+                _require_number(found[DECIDING], progress.step, options)
                 log.metrics(progress.step, found)
                 if objective.sample is not None:
                     log.samples(progress.step, objective.sample(placement))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
@@ -40,6 +41,9 @@ def start_accelerator(options: StepOptions, *, frozen: bool = False) -> Accelera
                 f"{variable} asks for sharding by accelerate, which does without it on some devices and says nothing: "
                 "start with torchrun, and set sharding: fsdp2 where the trainer has it"
             )
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get("_mixed_precision") != precision:
+        # It is one for the whole process; the trainers of a loop follow each other, each with a precision of its own.
+        AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     except ValueError as error:

@@ -108,6 +108,13 @@ class StepOptions(Options):
     """`auto`: bf16 on GPUs that compute in it; else full precision."""
 
 
+class PolicyLoraOptions(LoraOptions):
+    """Low-rank adapters (Hu et al., arXiv 2106.09685)."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input. Off: log-probabilities are compared with a reference's, which has none."""
+
+
 class PolicyOptions(StepOptions):
     """What all trainers of language models share."""
 
@@ -115,7 +122,7 @@ class PolicyOptions(StepOptions):
     """The policy to start from: folder, hub id, folder of a PEFT adapter, or `package:NAME`."""
     tuning: Literal["lora", "full"] = "full"
     """`lora`: adapters on a frozen base; `full`: everything."""
-    lora: LoraOptions = LoraOptions()
+    lora: PolicyLoraOptions = PolicyLoraOptions()
     """Adapters, for `tuning: lora`."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion. What is longer loses the beginning of its prompt and, where that is not enough,

@@ -107,7 +107,7 @@ def load_policy(
     conversation. Raises `OptionsError`, `reward.errors.ModelLoadError`.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_base(name)
     adapter = adapter_base(source)
@@ -118,7 +118,12 @@ def load_policy(
                 source if _has_tokenizer(source) or adapter is None else home, trust_remote_code=trust_remote_code
             )
             model, found = AutoModelForCausalLM.from_pretrained(
-                home, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+                home,
+                config=_without_dropout(AutoConfig.from_pretrained(home, trust_remote_code=trust_remote_code)),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, source).merge_and_unload()
@@ -214,6 +219,14 @@ def _save_model(model: Any, policy: Policy, folder: Path) -> None:
     settings.save_pretrained(folder)
 
 
+def _without_dropout(config: Any) -> Any:
+    """The same model in training as in use: what a policy is compared with has no dropout either."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
 def _max_positions(config: Any) -> int:
     """Of what the model was made for; some name no end."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
@@ -261,6 +274,8 @@ def _with_adapter(model: Any, lora: LoraOptions, base: str) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        # GPT-2's linear layers, which keep their weights transposed.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     with quiet_loading():

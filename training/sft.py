@@ -11,7 +11,8 @@ the token that ends an answer included and prompts left out (Huang et al., arXiv
    count for more than short ones, in the same way everywhere.
 2. The paper trains for 16 epochs and lets a reward model choose, although the validation loss rises after one. Here the
    validation loss chooses, so that the default is two epochs.
-3. No dropout is added to the model's own (the paper: 0.2 on residuals).
+3. No dropout, not even the model's own (the paper: 0.2 on residuals): log-probabilities are to be reproducible. Adam's
+   second moment decays by 0.999 (the paper: 0.95).
 4. Conversations of a step share rows without padding, where the model keeps them apart exactly (`rows`). This changes
    no loss.
 5. Optional: low-rank adapters; every message of the assistant's instead of the last.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward.errors import ModelLoadError
 from tests.fakes.models import build_tiny_causal_lm
-from training.options import LoraOptions, OptionsError
+from training.options import LoraOptions, OptionsError, PolicyLoraOptions
 from training.policies import Policy, load_policy, save_policy
 
 IDS = torch.arange(10, 22)[None]
@@ -54,6 +54,19 @@ def test_a_new_adapter_changes_nothing_and_can_be_switched_off(base: Path) -> No
     assert not torch.allclose(logits(policy.model), logits(plain.model))
     with policy.without_adapter():
         assert torch.equal(logits(policy.model), logits(plain.model))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_s5_there_is_no_dropout_unless_asked_for(tuning: Any, tmp_path: Path) -> None:
+    """GPT-2 comes with some of its own."""
+    gpt2 = str(build_tiny_causal_lm(tmp_path / "gpt2", family="gpt2"))
+    model = load_policy(gpt2, tuning=tuning, lora=PolicyLoraOptions()).model.train()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+    dropping = load_policy(gpt2, tuning="lora", lora=LoraOptions(dropout=0.5))
+    with torch.no_grad():
+        trained(dropping).model.train()
+        assert not torch.equal(dropping.model(IDS).logits, dropping.model(IDS).logits)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -161,6 +161,15 @@ def test_activations_can_be_computed_again(task: Task, files: tuple[Path, Path],
         assert one == pytest.approx(two, rel=1e-5)
 
 
+def test_half_precision_learns_about_the_same(task: Task, files: tuple[Path, Path], tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        train_sft(options(task, tmp_path / precision, files, epochs=1, num_samples=0, mixed_precision=precision))
+    ours, theirs = tasks.step_losses(tmp_path / "bf16"), tasks.step_losses(tmp_path / "no")
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.02)
+    assert ours != theirs
+    assert all(value.dtype == torch.float32 for value in policy_tasks.saved_weights(tmp_path / "bf16").values())
+
+
 def test_what_cannot_be_trained_is_said_and_leaves_no_folder(
     task: Task, files: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -146,3 +146,31 @@ def test_a_launcher_that_did_not_start_what_it_promised_is_refused(base: Path, t
     assert done.returncode == 2
     assert "start with torchrun" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_real_data_become_a_policy(method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = {"sft": "demonstrations", "dpo": "oasst_preferences"}[method]
+    config = tmp_path / "config.yaml"
+    settings = {"base": str(base), "output": str(tmp_path / "run"), "max_length": 64, "device": "cpu", "epochs": 0.2}
+    config.write_text(json.dumps({**settings, "train": [f"${{SAMPLE}}/{kind}.train.jsonl.gz"]}), encoding="utf-8")
+    with pytest.raises(SystemExit) as exited:
+        run(["train", method, "--config", str(config), "--set", "micro_batch_tokens=512", "--set", "lora.rank=2"])
+    assert exited.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out == "", "standard output is for results"
+    assert "winnow serve --local-model" in captured.err
+    assert (tmp_path / "run" / "policy" / "config.json").is_file()
+    assert "holds a finished run" in refusal(capsys, "train", method, "--config", config)
+
+
+def test_a_bad_demonstration_is_named_by_file_line_and_field(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "demonstrations.jsonl"
+    data.write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n', encoding="utf-8")
+    config = tmp_path / "config.yaml"
+    settings = {"base": str(base), "output": str(tmp_path / "run"), "train": [str(data)]}
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    assert f"{data}:2: completion: is missing" in refusal(capsys, "train", "sft", "--config", config)
+    assert not (tmp_path / "run").exists()
