@@ -72,7 +72,7 @@ def place(accelerator: Accelerator, model: nn.Module, sharding: Sharding) -> Pla
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     formats = {"bf16": torch.bfloat16, "fp16": None}
     if accelerator.mixed_precision == "fp16":
@@ -83,6 +83,9 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Resharded after a pass without gradients too: else whole weights would stand among the parameters.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if hasattr(model, "peft_config"):
+        # PEFT generates by the model within, past what gathers the weights on a call of its own.
+        register_fsdp_forward_method(model, "generate")
     if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise OptionsError("sharding: fsdp2 left some weights of this model unsharded")
 

@@ -102,15 +102,15 @@ def mean_loss(base: Path, chosen: SftOptions, data: list[str]) -> tuple[float, i
     return total / count, count
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize(("sharding", "tuning"), [("none", "full"), ("fsdp2", "full"), ("fsdp2", "lora")])
 def test_two_processes_train_the_same_policy(
-    sharding: str, task: Task, tmp_path: Path, files: tuple[Path, Path]
+    sharding: str, tuning: str, task: Task, tmp_path: Path, files: tuple[Path, Path]
 ) -> None:
     """Also with a last batch of one demonstration: one process has no part in it."""
     train = policy_tasks.write_demonstrations(tmp_path / "train.jsonl", 9, seed=6)
 
     def chosen(name: str, **more: Any) -> SftOptions:
-        settings = {"global_batch_size": 4, "epochs": 2, "eval_every": 3, "save_every": 3, "micro_batch_tokens": 40}
+        settings = {"tuning": tuning, "global_batch_size": 4, "epochs": 2, "eval_every": 3, "micro_batch_tokens": 40}
         return options(task, tmp_path / name, (train, files[1]), sample_tokens=4, **settings, **more)
 
     run = policy_tasks.on_two_processes("sft", chosen("two", sharding=sharding))
