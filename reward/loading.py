@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from reward.armorm import ArmoHead, temperature_of
 from reward.bases import resolve_base
 from reward.errors import ModelLoadError
-from reward.layouts import has_value_head, read_value_head
+from reward.layouts import Layout, find_layout, read_armo_head, read_value_head
 from reward.manifest import Head, Manifest
 from reward.network import (
     ClassifierRewardModel,
@@ -30,6 +31,7 @@ from reward.network import (
     load_backbone,
     wrap_classifier,
 )
+from reward.rendering import turn_heading
 
 HEAD_FILE = "head.safetensors"
 
@@ -72,8 +74,10 @@ class Loading:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         adapter = _adapter_config(name)
-        if adapter is None and has_value_head(name):
-            return self._value_head(name), self._tokenizer(name)
+        layout = "classifier" if adapter is not None else find_layout(name)
+        if layout != "classifier":
+            tokenizer = self._tokenizer(name)
+            return self._published(name, layout, tokenizer), tokenizer
         if adapter is not None:
             classifier = self._adapter_classifier(name, adapter, num_layers)
         else:
@@ -96,9 +100,16 @@ class Loading:
         home = name if own else resolve_base(cast(dict[str, Any], adapter)["base_model_name_or_path"])
         return wrap_classifier(classifier), self._tokenizer(home)
 
-    def _value_head(self, name: str) -> PooledRewardModel:
-        backbone = load_backbone(name, Head(), **self._arguments())
-        return PooledRewardModel(backbone, read_value_head(name).to(self.dtype), ("last",))
+    def _published(self, name: str, layout: Layout, tokenizer: Any) -> PooledRewardModel:
+        # No code of theirs: bases are of kinds that transformers knows.
+        backbone = load_backbone(name, Head(), dtype=self.dtype, use_safetensors=True)
+        head: nn.Sequential | ArmoHead
+        if layout == "value_head":
+            head = read_value_head(name)
+        else:
+            heading = tokenizer(turn_heading(tokenizer), add_special_tokens=False)["input_ids"]
+            head = read_armo_head(name, temperature_of(backbone.config), len(heading))
+        return PooledRewardModel(backbone, head.to(self.dtype), ("last",))
 
     def _adapter_classifier(self, name: str, adapter: dict[str, Any], num_layers: int | None) -> nn.Module:
         from peft import PeftModel

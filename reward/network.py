@@ -23,7 +23,14 @@ from reward.objective_head import ObjectivesHead
 from reward.rendering import Rendered
 
 
-class GatedHead(nn.Module):
+class PromptGated(nn.Module):
+    """A head that sees the prompt too: its last token and its mean."""
+
+    heading: int = 0
+    """Tokens at the prompt's end that it overlooks: the heading of the assistant's turn."""
+
+
+class GatedHead(PromptGated):
     """A linear head for each of E domains, mixed by a softmax gate on the prompt.
 
     reward = Σ_e softmax(G p)_e · (w_e · x + b_e), after ArmoRM (arXiv 2406.12845, section 3.2). The gate sees
@@ -41,7 +48,7 @@ class GatedHead(nn.Module):
         return cast(Tensor, (self.experts(pooled) * shares).sum(dim=-1, keepdim=True))
 
 
-AnyHead = nn.Linear | nn.Sequential | GatedHead | ManyHeads
+AnyHead = nn.Linear | nn.Sequential | PromptGated | ManyHeads
 
 
 class PooledRewardModel(nn.Module):
@@ -65,7 +72,7 @@ class PooledRewardModel(nn.Module):
     def forward(self, batch: Sequences, *, by_head: bool = False) -> Tensor:
         """Raw rewards (B,), in fp32. `by_head`: of each head by itself, (B, K); of a single one, (B, 1)."""
         hidden = self._hidden_states(batch)
-        asked = pool_prompt(hidden[-1], batch) if isinstance(self.head, GatedHead) else None
+        asked = pool_prompt(hidden[-1], batch, self.head.heading) if isinstance(self.head, PromptGated) else None
         rewards = self.apply_heads(self._pooled(hidden, batch), asked)
         return rewards if by_head else self.combine(rewards)
 
@@ -200,11 +207,16 @@ def pool(hidden: Tensor, attention_mask: Tensor, completion_mask: Tensor, poolin
     return torch.cat(parts, dim=-1)
 
 
-def pool_prompt(hidden: Tensor, batch: Sequences) -> Tensor:
+def pool_prompt(hidden: Tensor, batch: Sequences, heading: int = 0) -> Tensor:
     """What a gate sees of the prompt: its last token and its mean, (B, 2H) in fp32; zeros for an empty prompt."""
-    mask = batch.attention_mask.bool() & ~batch.completion_mask
+    mask = without_heading(batch.attention_mask.bool() & ~batch.completion_mask, heading)
     pooled = pool(hidden, mask, mask, ("last", "mean"))
     return torch.where(mask.any(dim=1, keepdim=True), pooled, 0.0)
+
+
+def without_heading(prompt: Tensor, heading: int) -> Tensor:
+    """The mask `prompt` (B, T) without its last `heading` tokens."""
+    return prompt & (prompt.flip(-1).cumsum(dim=-1).flip(-1) > heading) if heading else prompt
 
 
 def load_backbone(base: str, head: Head, **arguments: Any) -> nn.Module:

@@ -135,13 +135,7 @@ class Renderer:
 
     @cached_property
     def _turn_heading(self) -> str:
-        """What the chat template puts before an assistant's answer; empty without one."""
-        if self.template != "chat":
-            return ""
-        asked: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
-        without = self._tokenizer.apply_chat_template(asked, tokenize=False)
-        with_heading: str = self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        return with_heading.removeprefix(without) if with_heading.startswith(without) else ""
+        return turn_heading(self._tokenizer) if self.template == "chat" else ""
 
     @cached_property
     def _turn_end(self) -> tuple[str, str]:
@@ -245,6 +239,14 @@ class Renderer:
             written = [json.dumps(call.get("function", call), ensure_ascii=False, sort_keys=True) for call in calls]
             text = "\n".join([text, *written] if text else written)
         return {"role": role, "content": text}
+
+
+def turn_heading(tokenizer: Any) -> str:
+    """What the tokenizer's chat template puts before an assistant's answer; empty where that cannot be told."""
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+    without = tokenizer.apply_chat_template(asked, tokenize=False)
+    with_heading: str = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    return with_heading.removeprefix(without) if with_heading.startswith(without) else ""
 
 
 def _start_of_completion(offsets: Sequence[tuple[int, int]], boundary: int, length: int) -> int:

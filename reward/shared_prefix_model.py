@@ -18,7 +18,7 @@ from torch import Tensor
 from feedback.records import Message
 from reward import shared_prefix_attention
 from reward.devices import sent
-from reward.network import GatedHead, PooledRewardModel, collate
+from reward.network import PooledRewardModel, PromptGated, collate, without_heading
 from reward.rendering import Rendered, Renderer, SharedPrefix
 from reward.shared_prefix import share_prefix
 from reward.shared_prefix_pack import Pack, PrefixCache, pack, pool_packed
@@ -159,8 +159,10 @@ class SharedPrefixModel:
         prompt, completion = made.masks(items, self._device)
         pooling = self._network.pooling
         pooled = torch.cat([pool_packed(layer, prompt | completion, completion, pooling) for layer in states], dim=-1)
-        if not isinstance(self._network.head, GatedHead):
+        head = self._network.head
+        if not isinstance(head, PromptGated):
             return self._network.apply_heads(pooled, None)
+        prompt = without_heading(prompt, head.heading)
         asked = pool_packed(states[-1], prompt, prompt, ("last", "mean"))
         return self._network.apply_heads(pooled, torch.where(prompt.any(dim=1, keepdim=True), asked, 0.0))
 

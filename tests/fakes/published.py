@@ -98,14 +98,15 @@ def build_armorm(path: Path) -> Path:
     config = LlamaConfig(**DECODER, **_tokens(tokenizer), num_labels=1)
     code = {"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"}
     objectives, hidden = 19, 16
+    torch.manual_seed(2)
     tensors = {
         "regression_layer.weight": torch.randn(objectives, config.hidden_size),
-        "reward_transform_matrix": torch.eye(objectives),
-        "gating.logit_scale": torch.ones(1),
+        "reward_transform_matrix": torch.eye(objectives) + torch.randn(objectives, objectives) / 9,
+        "gating.logit_scale": torch.full((1,), 1.5),
         "gating.layers.0.weight": torch.randn(hidden, config.hidden_size),
         "gating.layers.0.bias": torch.zeros(hidden),
-        "gating.layers.1.weight": torch.randn(objectives, hidden),
-        "gating.layers.1.bias": torch.zeros(objectives),
+        "gating.layers.1.weight": torch.randn(objectives, hidden) * 9,
+        "gating.layers.1.bias": torch.randn(objectives),
     }
     _save_with(_made(LlamaForCausalLM, config), tokenizer, path, tensors)
     settings = path / "config.json"

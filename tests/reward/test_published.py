@@ -75,6 +75,30 @@ def by_value_head(folder: Path) -> list[float]:
     return found
 
 
+@torch.inference_mode()
+def by_gate(folder: Path) -> list[float]:
+    """ArmoRM's own steps: the gate reads the token before the last heading of an assistant's turn."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tensors = load_file(folder / "model-00002-of-00002.safetensors")
+    heading = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    found = []
+    for answer in ANSWERS:
+        ids = conversation_ids(tokenizer, answer)
+        listed = ids[0].tolist()
+        begins = [place for place in range(len(listed)) if listed[place : place + len(heading)] == heading]
+        states = base(ids).last_hidden_state[0]
+        rewards = tensors["regression_layer.weight"] @ states[-1] @ tensors["reward_transform_matrix"]
+        gate = states[begins[-1] - 1]
+        for number in range(2):
+            gate = gate.relu() if number else gate
+            weight, bias = tensors[f"gating.layers.{number}.weight"], tensors[f"gating.layers.{number}.bias"]
+            gate = nn.functional.linear(gate, weight, bias)
+        shares = (gate / 10).softmax(dim=0) * tensors["gating.logit_scale"]
+        found.append((shares * rewards).sum().item())
+    return found
+
+
 def build_grm_linear(path: Path) -> Path:
     return published.build_grm(path, layers=0)
 
@@ -87,6 +111,7 @@ def build_grm_linear(path: Path) -> Path:
         (published.build_skywork_llama, by_classifier, "chat"),
         (published.build_grm, by_value_head, "chat"),
         (build_grm_linear, by_value_head, "chat"),
+        (published.build_armorm, by_gate, "chat"),
     ],
 )
 def test_it_loads_as_it_is_and_scores_as_its_card_says(
@@ -104,10 +129,15 @@ def test_it_loads_as_it_is_and_scores_as_its_card_says(
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_gates_of_others_are_refused_and_no_code_of_theirs_runs(trust: bool, tmp_path: Path) -> None:
-    """Read as a plain classifier it would have a random head; its own code reads internals that transformers lost."""
-    folder = published.build_armorm(tmp_path / "armorm")
-    with pytest.raises(ModelLoadError, match=r"regression_layer\.weight: .*ArmoRM.* name the address by reward\.url"):
+def test_another_gate_is_refused_and_no_code_of_others_runs(trust: bool, tmp_path: Path) -> None:
+    """QRM's has several quantiles an objective."""
+    folder = published.build_armorm(tmp_path / "qrm")
+    load_reward_model(str(folder), device="cpu", trust_remote_code=trust)
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    tensors["regression_layer.weight"] = torch.zeros(5 * 19, 32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"regression_layer\.weight: .*QRM.* name the address by reward\.url"):
         load_reward_model(str(folder), device="cpu", trust_remote_code=trust)
 
 
