@@ -106,8 +106,13 @@ class Cell:
         return statistics.median(one.by_hand / one.ours for one in self.rounds)
 
     @property
+    def share_by_hand(self) -> float:
+        """Of the ideal ratio, measured against padded batches."""
+        return statistics.median(one.by_hand / one.ours / one.ideal for one in self.rounds)
+
+    @property
     def share(self) -> float:
-        """Of the ideal ratio, measured against the faster of the two: a slow one would make it look better."""
+        """The same against the faster of the two: what padding costs would make it look better."""
         return statistics.median(min(one.pipeline, one.by_hand) / one.ours / one.ideal for one in self.rounds)
 
     def row(self) -> list[str | float | None]:
@@ -125,14 +130,11 @@ class Cell:
 
 
 def _bars(cells: Sequence[Cell]) -> list[bars.Bar]:
-    shares = [cell.share for cell in cells if cell.prompt >= _FROM_PROMPT]
+    long = [cell for cell in cells if cell.prompt >= _FROM_PROMPT]
+    wanted = f"share of the ideal ratio, prompts from {_FROM_PROMPT} tokens, worst cell, against"
     return [
-        bars.Bar(
-            f"share of the ideal ratio, prompts from {_FROM_PROMPT} tokens, worst cell",
-            0.8,
-            min(shares, default=None),
-            at_least=True,
-        ),
+        bars.Bar(f"{wanted} padded batches", 0.8, min((c.share_by_hand for c in long), default=None), at_least=True),
+        bars.Bar(f"{wanted} the faster of the two", 0.8, min((c.share for c in long), default=None), at_least=True),
         bars.Bar("speed ÷ padded batch by hand, worst cell", 0.95, min(c.to_by_hand for c in cells), at_least=True),
     ]
 

@@ -49,14 +49,14 @@ def test_scoring_is_compared_with_transformers_on_the_same_texts_and_rewards_agr
     assert 1.6 < ideal < 2
     assert str(share).endswith("%")
     assert float(str(difference)) <= 1e-4
-    # No prompt is long enough for the first bar; the second is what it is.
-    assert [row[2] for row in held.rows] == [None, to_by_hand]
+    # No prompt is long enough for the first two bars; the third is what it is.
+    assert [row[2] for row in held.rows] == [None, None, to_by_hand]
 
 
 def test_the_share_of_the_ideal_is_measured_against_the_faster_peer() -> None:
-    rounds = [scoring.Timed(pipeline=6.0, by_hand=4.0, ours=2.0, ideal=2.5, difference=0.0)]
+    rounds = [scoring.Timed(pipeline=4.0, by_hand=6.0, ours=2.0, ideal=2.5, difference=0.0)]
     cell = scoring.Cell(256, 4, rounds)
-    assert (cell.to_pipeline, cell.to_by_hand, cell.share) == (3.0, 2.0, 0.8)
+    assert (cell.to_pipeline, cell.to_by_hand, cell.share_by_hand, cell.share) == (2.0, 3.0, 1.2, 0.8)
 
 
 def test_callers_of_an_encoder_differ_and_come_again() -> None:
