@@ -62,7 +62,7 @@ def records(method: Method, count: int, seed: int) -> list[dict[str, Any]]:
     return made
 
 
-def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
+def _compared(title: str, model: str, rounds: int, batches: int, batch_size: int = BATCH_SIZE) -> list[Table]:
     rows: list[list[str | float | None]] = []
     wanted: list[bars.Bar] = []
     with peers.library(peers.TRL, _TRL) as trl, winnow_side(_OURS) as winnow:
@@ -74,8 +74,8 @@ def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
                 question = {
                     "method": method,
                     "model": model,
-                    "records": records(method, batches * BATCH_SIZE, seed=number),  # type: ignore[arg-type]
-                    "batch_size": BATCH_SIZE,
+                    "records": records(method, batches * batch_size, seed=number),  # type: ignore[arg-type]
+                    "batch_size": batch_size,
                     "max_length": MAX_LENGTH,
                     "learning_rate": 1e-6,
                     "beta": BETA,
@@ -88,7 +88,7 @@ def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
             ]
             for side in (winnow, trl):
                 runs = found[side.name]
-                done = [one["tokens"] if method == "sft" else batches * BATCH_SIZE for one in found[winnow.name]]
+                done = [one["tokens"] if method == "sft" else batches * batch_size for one in found[winnow.name]]
                 speed = statistics.median(n / one["cpu_s"] for n, one in zip(done, runs, strict=True))
                 loss = statistics.fmean(loss for one in runs for loss in one["losses"])
                 ratio = statistics.median(ratios) if side is winnow else None
@@ -96,7 +96,7 @@ def _compared(title: str, model: str, rounds: int, batches: int) -> list[Table]:
                 rows.append([f"{method}, {side.name}", speed, unit, ratio, loss, steps, runs[-1]["peak_kib"] / 2**20])
             wanted.append(bars.Bar(f"{method}: {unit} a second ÷ TRL", 1.0, statistics.median(ratios), "", True))
     columns = ["trainer", "a CPU second", "of", "÷ TRL", "mean loss", "steps", "peak GiB"]
-    return [Table(f"Training {title}: batches of {BATCH_SIZE}, median of {rounds}", columns, rows), bars.table(wanted)]
+    return [Table(f"Training {title}: batches of {batch_size}, median of {rounds}", columns, rows), bars.table(wanted)]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def mean_loss(base: Path, chosen: SftOptions, data: list[str]) -> tuple[float, i
 
 
 @pytest.mark.parametrize(("sharding", "tuning"), [("none", "full"), ("fsdp2", "full"), ("fsdp2", "lora")])
-def test_two_processes_train_the_same_policy(
+def test_s3_two_processes_train_the_same_policy(
     sharding: str, tuning: str, task: Task, tmp_path: Path, files: tuple[Path, Path]
 ) -> None:
     """Also with a last batch of one demonstration: one process has no part in it."""
@@ -123,6 +124,21 @@ def test_two_processes_train_the_same_policy(
     assert weights.keys() == others.keys()
     assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
     assert policy_tasks.samples(run) == policy_tasks.samples(tmp_path / "one")
+
+
+def test_a_sharded_run_goes_on_exactly(task: Task, files: tuple[Path, Path], tmp_path: Path) -> None:
+    """From the checkpoint before the last, as if it had been killed behind it."""
+    run = tmp_path / "run"
+    chosen = options(task, run, files, sharding="fsdp2", epochs=0.7, num_samples=0)
+    policy_tasks.on_two_processes("sft", chosen)
+    log, weights = tasks.read_log(run), policy_tasks.saved_weights(run)
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-0000003", "step-0000006"]
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    shutil.rmtree(run / "policy")
+    policy_tasks.on_two_processes("sft", chosen)
+    assert tasks.read_log(run) == log
+    again = policy_tasks.saved_weights(run)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
 def test_a_killed_run_goes_on_exactly(task: Task, files: tuple[Path, Path], tmp_path: Path) -> None:
