@@ -58,7 +58,8 @@ def split(model: Any, top_layers: int) -> Hydra:
         raise OptionsError(f"top_layers: must be from 1 to {len(layers) - 1} for this model, not {top_layers}")
     trunk = _with(decoder, layers=nn.ModuleList(layers[:-top_layers]), **{norm: nn.Identity()})
     tops = list(layers[-top_layers:])
-    before = [copy.deepcopy(layer) for layer in tops]
+    # In evaluation mode for good: what is done to the model afterwards does not reach copies.
+    before = [copy.deepcopy(layer).eval() for layer in tops]
     model.requires_grad_(False)
     for layer in tops:
         layer.requires_grad_(True)

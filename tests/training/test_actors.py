@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,17 @@ def test_p9_what_stands_in_the_padding_does_not_count(parts: PpoParts) -> None:
     assert torch.allclose(together, apart, rtol=1e-3, atol=1e-5 * float(apart.abs().max()))
 
 
-def test_s5_no_dropout_is_left(base: Path, tmp_path: Path) -> None:
-    parts = ppo_tasks.parts(base, tmp_path, tuning="lora", lora={"dropout": 0.5}, gradient_checkpointing=True)
+@pytest.mark.parametrize("tuning", ["lora", "top_layers", "full"])
+def test_s5_no_dropout_is_left(tuning: str, tmp_path: Path) -> None:
+    base = build_tiny_causal_lm(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}), encoding="utf-8")
+    parts = ppo_tasks.parts(base, tmp_path, tuning=tuning, lora={"dropout": 0.5}, gradient_checkpointing=True)
     parts.actors.policy.model.train()
-    first, second = (parts.actors.freeze(SEQUENCES)[0].old_logprobs for _ in range(2))
-    assert torch.equal(first, second)
+    first, second = (parts.actors.freeze(SEQUENCES)[0] for _ in range(2))
+    assert torch.equal(first.old_logprobs, second.old_logprobs)
+    assert torch.equal(first.ref_logprobs, second.ref_logprobs)
+    assert torch.allclose(first.old_logprobs, first.ref_logprobs, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
