@@ -192,7 +192,8 @@ class BatchingWorker(Generic[ItemT, ResultT]):
 
     def _give_work(self, device: _Device[ItemT, ResultT]) -> bool:
         """Whether there was any that is for this device."""
-        meant = [waiting for waiting in self._waiting if waiting.failed_on is not device]
+        alone = not self._has_others(device)
+        meant = [waiting for waiting in self._waiting if alone or waiting.failed_on is not device]
         if meant:
             batch = self._batch(meant)
             chosen = set(map(id, batch))
@@ -270,7 +271,7 @@ class BatchingWorker(Generic[ItemT, ResultT]):
             return
         device.strikes = 0
         for waiting, result in zip(batch, results, strict=True):
-            if waiting.failed_on is not None:
+            if waiting.failed_on is not None and waiting.failed_on is not device:
                 self._strike(waiting.failed_on)
             if not waiting.future.done():
                 waiting.future.set_result(result)
@@ -278,8 +279,7 @@ class BatchingWorker(Generic[ItemT, ResultT]):
     def _failed(self, device: _Device[ItemT, ResultT], waiting: _Waiting[ItemT, ResultT], error: Exception) -> None:
         if waiting.future.done():
             return
-        others = [other for other in self._devices if other is not device and other.in_service]
-        if waiting.failed_on is None and others:
+        if waiting.failed_on is None and self._has_others(device):
             waiting.failed_on = device
             self._waiting.insert(0, waiting)
             self._schedule()
@@ -288,6 +288,9 @@ class BatchingWorker(Generic[ItemT, ResultT]):
         failure = ScoringError(f"the reward model failed on this completion: {error}")
         failure.__cause__ = error
         waiting.future.set_exception(failure)
+
+    def _has_others(self, device: _Device[ItemT, ResultT]) -> bool:
+        return any(other is not device and other.in_service for other in self._devices)
 
     def _strike(self, device: _Device[ItemT, ResultT]) -> None:
         device.strikes += 1

@@ -149,6 +149,27 @@ async def test_a_bad_item_is_tried_on_both_and_neither_is_blamed(caplog: pytest.
     assert "gets no more work" not in caplog.text
 
 
+async def test_what_waits_for_a_device_that_is_given_up_meanwhile_is_answered() -> None:
+    async with running() as ((one, other), worker):
+        bad = await submitted(worker, "bad")
+        await one.entered()
+        good = await submitted(worker, "b", "bb", "bbb", "bbbb")
+        await other.entered()
+        other.broken = True
+        one.open()
+        for turn in range(7):  # all four, the first two, each of them, the last two, each of them
+            other.allow()
+            if turn < 6:
+                await other.entered()
+            for _ in range(9):
+                await asyncio.sleep(0)  # what failed here is scored there
+        async with asyncio.timeout(WAIT_S):
+            assert await good == [1, 2, 3, 4]
+            with pytest.raises(ScoringError, match="scripted"):
+                await bad
+        assert "bad" not in str(other.batches), "it was given up before"
+
+
 async def test_the_last_device_is_never_given_up() -> None:
     async with running(1) as ((only,), worker):
         only.broken = True
