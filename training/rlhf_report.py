@@ -35,6 +35,7 @@ def fine_tuning_figure(found: FineTuning) -> Figure:
     figure, axes = plain(7.2, 2.6)
     axes.plot([step for step, _ in found.curve], [loss for _, loss in found.curve], "o-", color=OWN, lw=2, ms=5)
     axes.set_ylabel("nats a token")
+    axes.locator_params("x", integer=True)
     finish(axes, "step")
     return figure
 
@@ -57,6 +58,7 @@ def ppo_figure(runs: Sequence[PpoStory]) -> Figure:
         )
         over_kl.plot([point.kl for point in run.curve], [point.score for point in run.curve], "o-", color=colour, ms=5)
     over_time.set_ylabel("reward, deviations")
+    over_time.locator_params("x", integer=True)
     finish(over_kl, "exact KL from the start, nats a completion")
     finish(over_time, "iteration; thin lines: the batches it learnt from")
     return figure
