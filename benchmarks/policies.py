@@ -1,7 +1,7 @@
 """`winnow train sft` and `dpo` beside TRL's SFTTrainer and DPOTrainer: same model, records and batches of a step.
 
 CPU time of the training alone on one thread, each side in a process of its own, by turns; what is read and tokenised
-before is left out on both sides, the checkpoint at its end is counted on ours. Full tuning in fp32. The model is a
+before is left out, the checkpoint at the end is counted, on both sides. Full tuning in fp32. The model is a
 Llama with random weights and SmolLM2's tokenizer, or, with `--full`, SmolLM2-135M itself.
 """
 

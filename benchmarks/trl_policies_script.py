@@ -44,7 +44,8 @@ def _trained(question: dict[str, Any]) -> dict[str, Any]:
             "gradient_checkpointing": False,
             "bf16": False,
             "use_cpu": True,
-            "save_strategy": "no",
+            # Ours writes one at the end, too.
+            "save_strategy": "epoch",
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
