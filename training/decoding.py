@@ -56,8 +56,25 @@ def decode(
 ) -> list[list[int]]:
     """One completion for each prompt, up to and with its end token, at most as long as `chance` (B, C) is wide.
 
-    `model`: a causal language model of transformers, in evaluation mode.
+    `model`: a causal language model of transformers. It decodes in evaluation mode: one that recomputes activations in
+    training keeps no cache there.
     """
+    was_training = model.training
+    model.eval()
+    try:
+        return _decoded(model, prompts, chance, temperature, stop_ids, pad_id)
+    finally:
+        model.train(was_training)
+
+
+def _decoded(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    chance: Tensor,
+    temperature: float,
+    stop_ids: Collection[int],
+    pad_id: int,
+) -> list[list[int]]:
     assert len(prompts) == len(chance)
     device = next(model.parameters()).device
     width = max(map(len, prompts))

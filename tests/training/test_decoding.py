@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,12 @@ def test_p19_each_row_has_its_own_chance_wherever_it_is_drawn() -> None:
     assert len(whole.unique()) == 30
     assert not torch.equal(uniforms(2, "rollout/0", range(6), 5), whole)
     assert not torch.equal(uniforms(1, "rollout/1", range(6), 5), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_recomputes_activations_writes_the_same(family: str, tmp_path: Path) -> None:
+    base = str(build_tiny_causal_lm(tmp_path / "base", family=family))
+    plain = load_policy(base, tuning="full")
+    recomputing = load_policy(base, tuning="full", gradient_checkpointing=True)
+    assert written(recomputing, PROMPTS, [0, 1, 2, 3]) == written(plain, PROMPTS, [0, 1, 2, 3])
+    assert recomputing.model.training, "as it was"
