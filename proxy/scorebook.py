@@ -47,13 +47,14 @@ class Scorebook:
     async def scores(self, candidates: Sequence[Candidate], deadline: float | None) -> list[Score]:
         """One a candidate. Raises `RewardError`, and `TimeoutError` at `deadline`, in the loop's time.
 
-        A failure is told once: asked again, the scorer is asked again.
+        What failed before anybody asked, or was told already, is tried again.
         """
         if not candidates:
             return []
         if self._scorer is None:
             raise RewardError("no reward model is configured")
         prints = [fingerprint(candidate) for candidate in candidates]
+        self._calls = {print_: call for print_, call in self._calls.items() if not _failed(call)}
         new = zip(prints, candidates, strict=True)
         self._waiting |= {print_: candidate for print_, candidate in new if print_ not in self._calls}
         if self._waiting:
@@ -64,7 +65,6 @@ class Scorebook:
                 await asyncio.wait(pending)
         for call in calls:
             if (failure := call.exception()) is not None:
-                self._forget(call)
                 raise failure
         return [call.result()[print_] for call, print_ in zip(calls, prints, strict=True)]
 
@@ -86,10 +86,8 @@ class Scorebook:
     def _early_ended(self, call: _Call) -> None:
         if call.cancelled():
             return
-        if isinstance(call.exception(), QueueFullError):
-            # Nobody has asked yet. Whoever does may find room; until then the scorer is left alone.
-            self._forget(call)
-        else:
+        # Whoever asks may find room in a full queue; until then the scorer is left alone.
+        if not isinstance(call.exception(), QueueFullError):
             self._begin_early()
 
     def _begin(self) -> _Call:
@@ -99,9 +97,6 @@ class Scorebook:
         self._calls |= dict.fromkeys(asked, call)
         return call
 
-    def _forget(self, call: _Call) -> None:
-        self._calls = {print_: other for print_, other in self._calls.items() if other is not call}
-
     async def _score(self, asked: dict[bytes, Candidate]) -> dict[bytes, Score]:
         assert self._scorer is not None, "nothing is begun without one"
         completions = [[candidate.completion(self._echoed)] for candidate in asked.values()]
@@ -110,3 +105,7 @@ class Scorebook:
         if not all(math.isfinite(score.reward) for score in scores):
             raise RewardError("it gave a reward that is not finite")
         return dict(zip(asked, scores, strict=True))
+
+
+def _failed(call: _Call) -> bool:
+    return call.done() and (call.cancelled() or call.exception() is not None)

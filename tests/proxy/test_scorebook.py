@@ -134,15 +134,30 @@ async def test_the_invalid_wait_until_nothing_better_came() -> None:
         assert await rewards(opened, GOOD) == [1]
 
 
-async def test_an_early_failure_is_told_once_then_tried_again() -> None:
+async def test_a_failure_before_anybody_asked_is_tried_again() -> None:
     scorer = HeldScorer()
-    scorer.failures = [ScoringError("broken")]
+    scorer.failures = [ScoringError("restarting")]
     scorer.allow(5)
     async with hearing(scorer) as opened:
         opened.arrived(GOOD)
         await scorer.entered()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert await rewards(opened, GOOD, BAD) == [1, -1]
+        assert scorer.calls == [["good"], ["good", "bad"]]
+
+
+async def test_a_failure_of_what_was_asked_for_is_told_once_then_tried_again() -> None:
+    scorer = HeldScorer()
+    scorer.failures = [ScoringError("broken")]
+    async with hearing(scorer) as opened:
+        opened.arrived(GOOD)
+        await scorer.entered()
+        asking = asyncio.create_task(opened.scorebook.scores([GOOD, BAD], None))
+        await scorer.entered()
+        scorer.allow(5)
         with pytest.raises(RewardError, match="broken"):
-            await opened.scorebook.scores([GOOD, BAD], None)
+            await asking
         assert [score.reward for score in await opened.scorebook.scores([GOOD, BAD], None)] == [1, -1]
         assert scorer.calls == [["good"], ["bad"], ["good"]]
 
