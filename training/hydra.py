@@ -67,8 +67,8 @@ def split(model: Any, top_layers: int) -> Hydra:
         layer.requires_grad_(False)
     hydra = Hydra(
         trunk,
-        top=_with(model, **{name: _with(decoder, layers=nn.ModuleList(tops))}),
-        reference_top=_with(model, **{name: _with(decoder, layers=nn.ModuleList(before))}),
+        top=_with(model, **{name: _top_of(decoder, tops)}),
+        reference_top=_with(model, **{name: _top_of(decoder, before)}),
     )
     _require_whole(model, hydra)
     return hydra
@@ -81,6 +81,18 @@ def _with(module: Any, **parts: nn.Module) -> Any:
     for name, part in parts.items():
         setattr(changed, name, part)
     return changed
+
+
+def _top_of(decoder: Any, layers: list[nn.Module]) -> Any:
+    """The decoder with these last layers of its own only."""
+    top = _with(decoder, layers=nn.ModuleList(layers))
+    kinds = getattr(decoder.config, "layer_types", None)
+    if kinds:
+        # What each layer sees, such as a sliding window, is looked up by its place among those that there are.
+        top.config = copy.deepcopy(decoder.config)
+        top.config.num_hidden_layers = len(layers)
+        top.config.layer_types = list(kinds)[-len(layers) :]
+    return top
 
 
 @torch.no_grad()

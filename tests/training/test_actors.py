@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reward.model import load_reward_model
 from tests.fakes.models import build_tiny_causal_lm, build_tiny_encoder_reward_model, build_tiny_reward_model
@@ -149,6 +150,35 @@ def test_trunk_and_top_are_the_whole(family: Any, top_layers: int, tmp_path: Pat
     kept = batch.attention_mask.bool()
     assert torch.allclose(whole.logits[kept], halves.logits[kept], atol=1e-5)
     assert {name.split(".layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
+
+
+@pytest.mark.parametrize("top_layers", [1, 2, 3])
+def test_layers_of_several_kinds_stay_what_they_are(top_layers: int) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=16,
+            layer_types=kinds,
+            initializer_range=0.3,
+        )
+    ).eval()
+    hydra = split(model, top_layers)
+    ids, positions = torch.randint(0, 64, (1, 60)), torch.arange(60)[None]
+    mask = torch.ones_like(ids)
+    told: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    below = hydra.below(ids, mask, positions)
+    with torch.no_grad():
+        whole = model(input_ids=ids, **told).logits
+        for top in (hydra.top, hydra.reference_top):
+            assert torch.allclose(top(inputs_embeds=below, **told).logits, whole, atol=1e-5)
 
 
 def test_models_that_cannot_be_cut_are_refused(base: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_p19_each_row_has_its_own_chance_wherever_it_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_that_recomputes_activations_writes_the_same(family: str, tmp_path: Path) -> None:
+def test_a_model_that_recomputes_activations_writes_the_same(family: Literal["llama", "gpt2"], tmp_path: Path) -> None:
     base = str(build_tiny_causal_lm(tmp_path / "base", family=family))
     plain = load_policy(base, tuning="full")
     recomputing = load_policy(base, tuning="full", gradient_checkpointing=True)
