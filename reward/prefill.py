@@ -58,8 +58,11 @@ class Prefilling:
             yield
         finally:
             ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
-            self._room += expected.tokens
+            try:
+                await asyncio.gather(ahead, return_exceptions=True)
+            finally:
+                # Also where the waiting is cancelled: room that is not given back is lost for good.
+                self._room += expected.tokens
 
     async def _prefill(self, prompt: Messages, expected: _Expected) -> None:
         try:

@@ -165,6 +165,24 @@ async def test_what_is_expected_never_pushes_out_what_was_expected_before(
             await until(lambda: len(passes.tokens) == 2)
 
 
+async def test_who_is_cancelled_twice_leaves_the_room_all_the_same(tiny_reward: TinyReward, passes: Passes) -> None:
+    async def expects() -> None:
+        async with scorer.expecting(QUESTION):
+            await asyncio.Event().wait()
+
+    async with started(tiny_reward("llama"), sharing=SharingOptions(cache_tokens=200)) as scorer:
+        with passes.held():
+            expecting = asyncio.create_task(expects())
+            await until(lambda: len(passes.tokens) == 1)
+            expecting.cancel()
+            await asyncio.sleep(0)
+            expecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await expecting
+        async with scorer.expecting(asked(f"You! {QUESTION[0]['content']}")):
+            await until(lambda: len(passes.tokens) == 2)
+
+
 async def test_prompts_of_any_shape_and_failing_passes_are_nobodys_error(
     tiny_reward: TinyReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
