@@ -35,6 +35,11 @@ REFERENCES_FILE = "references.safetensors"
 MAX_LENGTH_CAP = 4096
 """Default limit of prompt and completion in tokens for models without `reward.json`, if the model allows more."""
 
+_DAMAGED = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError, SafetensorError, InputError
+)  # fmt: skip
+"""What is missing from files of others, or has another shape in them, shows as any of these."""
+
 PROBE_TOLERANCE = 1e-3
 HALF_PRECISION_PROBE_TOLERANCE = 0.1
 """How far a stored probe may be off on load, in deviations of the raw reward, in fp32 and in bf16 or fp16."""
@@ -157,8 +162,9 @@ def load_reward_model(
                 network, tokenizer = loading.sequence_classification(name, num_layers)
                 manifest = manifest or _bare_manifest(source, network, tokenizer)
         renderer = Renderer(tokenizer, manifest.template, manifest.max_length)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, InputError) as error:
-        raise ModelLoadError(f"cannot load the reward model {source!r}: {error}") from error
+    except _DAMAGED as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        raise ModelLoadError(f"cannot load the reward model {source!r}: {what}") from error
     network.to(device=place).eval().requires_grad_(False)
     if manifest.rule is not None:
         cast(ObjectivesHead, network.head).follow(manifest.rule, manifest.objective_scales)
@@ -227,7 +233,8 @@ def check_probes(model: RewardModel, source: str) -> None:
     for number, probe in enumerate(model.manifest.probes or (_ANY_TEXT,)):
         try:
             (raw,) = model.raw_scores([model.renderer.render(probe.prompt, probe.completion)])
-        except (InputError, ValueError) as error:
+        except (InputError, ValueError, IndexError, RuntimeError) as error:
+            # A tokenizer with more tokens than the base, or a head of another width, among others.
             raise ModelLoadError(f"{source}: scoring a probe text failed: {error}") from error
         if not model.manifest.probes:
             continue

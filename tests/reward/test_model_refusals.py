@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 PROMPT: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
 COMPLETION: list[Message] = [{"role": "assistant", "content": "Paris."}]
+_EMBEDDING = "model.embed_tokens.weight"
 _HEAD = {"kind": "pooled", "pooling": ["last"], "num_layers": 3, "domains": []}
 
 
@@ -78,6 +79,15 @@ def test_a_head_of_another_shape_is_refused(copied: Any) -> None:
     folder = copied("llama")
     rewrite_weights(folder, lambda weights: weights.update({"score.weight": torch.zeros(2, 32)}))
     with pytest.raises(ModelLoadError, match="cannot load the reward model"):
+        load(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_is_refused(copied: Any) -> None:
+    folder = copied("llama")
+    rewrite_weights(folder, lambda weights: weights.update({_EMBEDDING: weights[_EMBEDDING][:8].clone()}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    with pytest.raises(ModelLoadError, match="scoring a probe text failed"):
         load(folder)
 
 

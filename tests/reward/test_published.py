@@ -168,3 +168,19 @@ def test_a_value_head_of_an_odd_shape_is_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ModelLoadError, match="00002-of-00002"):
         load_reward_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 15)])
+def test_a_value_head_that_does_not_go_with_its_base_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder = published.build_grm(tmp_path / "grm")
+    file = folder / "model-00002-of-00002.safetensors"
+    save_file(load_file(file) | {"v_head.summary.0.weight": torch.zeros(shape)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="grm"):
+        load_reward_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "adapter_config.json"])
+def test_a_file_that_holds_no_object_is_refused(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("[]")
+    with pytest.raises(ModelLoadError, match="cannot load the reward model"):
+        load_reward_model(str(tmp_path), device="cpu")
