@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -279,6 +279,7 @@ class Draft:
         self._lines[key] = (offset, len(line))
 
     def _whole_lines(self) -> Iterator[tuple[str, bytes]]:
+        known = {task.key for task in self._tasks}
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
@@ -290,6 +291,7 @@ class Draft:
                     key = str(record["key"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{place}: not what this command writes ({error}); delete the file") from error
+                self._require_asked(place, key, known)
                 self._check(place, record)
                 yield key, line
 
@@ -301,10 +303,13 @@ class Draft:
             of_prompt = prompt_key(parse_prompt(record).prompt)
             key = f"{of_prompt}/{seen[of_prompt]}"
             seen[of_prompt] += 1
-            if key not in known:
-                raise DataError(f"{place}: holds a prompt that is not asked for: choose another file to write")
+            self._require_asked(place, key, known)
             self._check(place, record)
             yield key, record
+
+    def _require_asked(self, place: str, key: str, known: Collection[str]) -> None:
+        if key not in known:
+            raise DataError(f"{place}: holds a prompt that is not asked for: choose another file to write")
 
     def _check(self, place: str, record: Mapping[str, Any]) -> None:
         for member, now in (("model", self._model), ("sampling", self._sampling.as_record())):

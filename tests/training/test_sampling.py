@@ -150,6 +150,15 @@ def test_what_others_drew_is_not_mixed_in(
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+def test_a_draft_of_more_prompts_loses_none_of_them(tmp_path: Path) -> None:
+    draw(tasks_in(tmp_path, "a", "b", "c"), failing("c"), tmp_path / "out.jsonl")
+    partial = tmp_path / "out.jsonl.partial"
+    before = partial.read_bytes()
+    with pytest.raises(DataError, match=r"out\.jsonl\.partial:2: holds a prompt that is not asked for"):
+        draw(tasks_in(tmp_path, "a"), Echo(), tmp_path / "out.jsonl")
+    assert partial.read_bytes() == before
+
+
 def test_a_draft_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.partial").write_text('{"prompt": "a"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"out\.jsonl\.partial:1: not what this command writes"):
