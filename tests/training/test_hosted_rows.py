@@ -170,3 +170,22 @@ def test_weights_do_not_hide_that_a_prompt_is_the_same() -> None:
     whole = rows({"prompt": TURNS, "completion": "c"}, every_turn=True)[0]
     assert plain.prompt_key == whole.prompt_key
     assert plain.key != whole.key
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [said("user", "hi", name="\ud800"), said("assistant", "x")]},
+        {
+            "messages": [
+                said("user", "hi"),
+                said("assistant", "", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "\ud800"}}]),
+            ],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+        {"prompt": [said("user", "hi", name="\ud800")], "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_half_a_character_outside_of_a_text_is_refused_too(record: dict[str, Any]) -> None:
+    with pytest.raises(RecordError, match="half a character"):
+        rows(record)

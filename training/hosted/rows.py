@@ -157,8 +157,13 @@ def _pair(
 def _row(
     wire: Wire, prompt: Sequence[Wire], conversations: Sequence[Sequence[Wire]], opposite: Wire | None = None
 ) -> Row:
+    line = json.dumps(wire, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("record", "holds half a character in a name or a call, which UTF-8 cannot") from error
     return Row(
-        line=json.dumps(wire, ensure_ascii=False),
+        line=line,
         key=_digest(wire),
         opposite=None if opposite is None else _digest(opposite),
         prompt_key=_digest([{**message, "weight": None} for message in prompt]),
