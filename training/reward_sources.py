@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
@@ -101,17 +102,19 @@ class RewardSource:
     def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
         """A score for each completion, in order. Raises `ScoringError` for too few, too many, or one not finite."""
         if self._function is not None:
-            scores = list(self._function(prompts, completions))
+            scores: list[object] = list(self._function(prompts, completions))
         elif self._model is not None:
-            scores = _rewards(self._model, prompts, completions)
+            scores = [*_rewards(self._model, prompts, completions)]
         else:
-            scores = self._runner.run(self._ask(prompts, completions))
+            scores = [*self._runner.run(self._ask(prompts, completions))]
         if len(scores) != len(completions):
             raise ScoringError(f"{len(completions)} completions were to be scored, {len(scores)} scores came back")
+        numbers: list[float] = []
         for number, score in enumerate(scores):
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
                 raise ScoringError(f"completion {number} of {len(scores)} was scored {score!r}: no finite number")
-        return [float(score) for score in scores]
+            numbers.append(float(score))
+        return numbers
 
     async def _ask(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
         scorer = cast(Scorer, self._scorer)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from feedback.records import Messages
@@ -63,6 +64,12 @@ def test_a_service_is_opened_asked_and_closed() -> None:
     with source(lambda options: cast(Scorer, service), url="http://gpu:8001/v1") as reward:
         assert reward.score(PROMPTS, TEXTS) == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert service.events == ["start", "close"]
+
+
+def test_numbers_of_numpy_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_tasks, "letters", lambda prompts, completions: np.array([0.5, 2.0], dtype=np.float32))
+    with source(function=FUNCTION) as reward:
+        assert reward.score(PROMPTS[:2], TEXTS[:2]) == [0.5, 2.0]
 
 
 @pytest.mark.parametrize("answer", [[float("nan")], [1.0, float("inf")], [True], ["0.5"], [None]])
