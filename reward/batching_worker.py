@@ -199,13 +199,16 @@ class BatchingWorker(Generic[ItemT, ResultT]):
             chosen = set(map(id, batch))
             self._waiting = [waiting for waiting in self._waiting if id(waiting) not in chosen]
             self._report_depth()
+            # Already now: a task that is cancelled before its first step never runs a line.
+            device.running = batch
             self._employ(device, [self._key_of(waiting.item) for waiting in batch], self._serve(device, batch))
             return True
         self._idle = [idle for idle in self._idle if not idle.future.done()]
         if self._waiting or not self._idle:
             return False
         idle = self._idle.pop(0)
-        self._employ(device, [idle.key], self._do(device, idle))
+        task = self._employ(device, [idle.key], self._do(device, idle))
+        task.add_done_callback(lambda _: _refuse(idle.future))
         return True
 
     def _batch(self, waiting: list[_Waiting[ItemT, ResultT]]) -> list[_Waiting[ItemT, ResultT]]:
@@ -216,12 +219,13 @@ class BatchingWorker(Generic[ItemT, ResultT]):
 
     def _employ(
         self, device: _Device[ItemT, ResultT], keys: Sequence[Hashable], work: Coroutine[object, object, None]
-    ) -> None:
+    ) -> asyncio.Task[None]:
         self._turns += 1
         device.last_turn = self._turns
         device.latest.extend(key for key in dict.fromkeys(keys) if key is not None and key not in device.latest)
-        device.task = asyncio.create_task(work, name=f"reward-device-{device.number}")
-        device.task.add_done_callback(lambda task: self._released(device))
+        device.task = task = asyncio.create_task(work, name=f"reward-device-{device.number}")
+        task.add_done_callback(lambda _: self._released(device))
+        return task
 
     def _released(self, device: _Device[ItemT, ResultT]) -> None:
         device.task = None
@@ -235,14 +239,10 @@ class BatchingWorker(Generic[ItemT, ResultT]):
             if not idle.future.done():
                 idle.future.set_exception(error)
             return
-        except asyncio.CancelledError:
-            _refuse(idle.future)
-            raise
         if not idle.future.done():
             idle.future.set_result(None)
 
     async def _serve(self, device: _Device[ItemT, ResultT], batch: list[_Waiting[ItemT, ResultT]]) -> None:
-        device.running = batch
         await self._run(device, batch)
         device.running = []
 

@@ -207,6 +207,23 @@ async def test_closing_answers_everyone_and_refuses_the_next() -> None:
         await worker.aclose()
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_closing_answers_in_whatever_turn_of_the_loop(turns: int) -> None:
+    async def job(device: int) -> None:
+        await asyncio.Event().wait()
+
+    for work in ("score", "idle"):
+        async with running() as (_, worker):
+            asked: asyncio.Task[object]
+            asked = asyncio.create_task(worker.submit(["x"]) if work == "score" else worker.when_idle(job, "x"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await worker.aclose()
+            async with asyncio.timeout(5):
+                with pytest.raises(ScoringError, match="closed"):
+                    await asked
+
+
 async def test_closing_while_a_failing_batch_is_halved_answers_everyone() -> None:
     async with running() as (device, worker):
         first = await submitted(worker, "x")
