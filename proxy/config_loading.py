@@ -96,9 +96,16 @@ def _check_fallback(where: str, name: str, route: RouteSettings, settings: Setti
         )
 
 
+_OF_A_MODEL_IN_THIS_PROCESS = ("floors", "objective_weights", "aggregate", "devices", "compile")
+"""Settings that a service knows nothing of: whoever sets them would rely on what is not done."""
+
+
 def _check_reward(where: str, reward: RewardSettings) -> None:
     if reward.url is None and (reward.replicas or reward.key is not None or reward.template is not None):
         raise ConfigError(f"{where}: replicas, key and template are for a service: {where}.url is not set")
+    for name in _OF_A_MODEL_IN_THIS_PROCESS:
+        if reward.url is not None and getattr(reward, name):
+            raise ConfigError(f"{where}.{name} is for a reward model in this process: set it on the service, not here")
     if reward.protocol == "openrlhf" and reward.template is None:
         raise ConfigError(f"{where}.template: the protocol openrlhf sends text; name the chat template to make it with")
 

@@ -36,6 +36,11 @@ def test_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.Mo
         ("route: {best_of: 65}", "max_best_of"),
         ("route: {min_reward: p101}", "min_reward"),
         ("upstream: {key: k}", "without upstream.url"),
+        (
+            "reward: {url: 'http://g/v1', floors: {harmless: p20}}",
+            "reward.floors is for a reward model in this process",
+        ),
+        ("reward_models: {b: {url: 'http://g/v1', devices: [all]}}", "reward_models.b.devices is for a reward model"),
         ("{upstream: {url: 'http://h/v1', key: k}, server: {host: 0.0.0.0}}", "Set server.api_keys"),
     ],
 )
