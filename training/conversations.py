@@ -96,7 +96,7 @@ def encode_conversation(
     return Conversation(ids[:length], mask[:length], first)
 
 
-def fitted(conversations: Sequence[Conversation], max_length: int) -> list[Conversation]:
+def fitted(policy: Policy, conversations: Sequence[Conversation], max_length: int) -> list[Conversation]:
     """Conversations that share their prompt, cut to `max_length` tokens, all of them at the same place of the prompt.
 
     The prompt loses its beginning, a BOS aside; a completion that leaves it less than `PROMPT_SHARE` loses its end, and
@@ -107,15 +107,17 @@ def fitted(conversations: Sequence[Conversation], max_length: int) -> list[Conve
     prompt = min(one.prompt_length for one in conversations)
     longest = max(len(one) - one.prompt_length for one in conversations)
     room = max(max_length - longest, min(prompt, int(max_length * PROMPT_SHARE)))
-    return [_cut(one, min(room, one.prompt_length), max_length) for one in conversations]
+    begin = policy.tokenizer.bos_token_id
+    return [_cut(one, min(room, one.prompt_length), max_length, begin) for one in conversations]
 
 
-def _cut(one: Conversation, room: int, max_length: int) -> Conversation:
+def _cut(one: Conversation, room: int, max_length: int, begin: int | None) -> Conversation:
     start = one.prompt_length - room
     ids = one.ids[start : start + max_length]
     mask = one.completion_mask[start : start + max_length]
-    if mask:
-        mask[0] = False
+    mask[0] = False
+    if begin is not None and one.ids[0] == begin and room > 1:
+        ids[0] = begin
     return Conversation(ids, mask, room, truncated=start > 0 or len(one) > start + max_length)
 
 

@@ -159,7 +159,7 @@ def encode_comparisons(
                 raise OptionsError(problem) from error
             skipped.add(problem)
             continue
-        items = fitted(whole, policy.max_length)
+        items = fitted(policy, whole, policy.max_length)
         encoded.append(ComparedGroup(items, group.pairs, first))
         first += len(items)
     return encoded

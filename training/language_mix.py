@@ -88,7 +88,7 @@ def read_mix(files: Sequence[str], policy: Policy, *, max_length: int, skipped: 
             if len(ids) > 1:
                 examples.append(Conversation(ids, [False] + [True] * (len(ids) - 1), 1))
         else:
-            examples += fitted([encode_conversation(policy, record.prompt, record.completion)], max_length)
+            examples += fitted(policy, [encode_conversation(policy, record.prompt, record.completion)], max_length)
     if not examples:
         raise OptionsError(f"ptx: no example in {', '.join(files)}")
     return examples

@@ -180,6 +180,6 @@ def encode_demonstrations(
                 raise OptionsError(problem) from error
             skipped.add(problem)
             continue
-        (cut,) = fitted([whole], policy.max_length)
+        (cut,) = fitted(policy, [whole], policy.max_length)
         encoded.append((one, cut))
     return encoded

@@ -131,7 +131,7 @@ def test_a_special_token_in_a_text_stays_text(policy: Policy) -> None:
 def test_s4_cutting_never_leaves_a_row_without_tokens_that_count(policy: Policy, max_length: int) -> None:
     short = encode_conversation(policy, ASKED, ANSWERED)
     long = encode_conversation(policy, ASKED, [{"role": "assistant", "content": "one two three four " * 8}])
-    cut_short, cut_long = fitted([short, long], max_length)
+    cut_short, cut_long = fitted(policy, [short, long], max_length)
     for whole, cut in ((short, cut_short), (long, cut_long)):
         assert 1 < len(cut) <= max_length
         assert cut.num_completion_tokens > 0
@@ -142,9 +142,11 @@ def test_s4_cutting_never_leaves_a_row_without_tokens_that_count(policy: Policy,
 
 def test_what_fits_is_not_cut_and_the_completion_is_kept_before_the_prompt(policy: Policy) -> None:
     whole = encode_conversation(policy, ASKED, ANSWERED)
-    assert fitted([whole], len(whole)) == [whole]
-    (cut,) = fitted([whole], len(whole) - 3)
-    assert cut.ids == whole.ids[3:] and cut.prompt_length == whole.prompt_length - 3
+    assert fitted(policy, [whole], len(whole)) == [whole]
+    (cut,) = fitted(policy, [whole], len(whole) - 3)
+    begin = policy.tokenizer.bos_token_id
+    assert whole.ids[0] == begin
+    assert cut.ids == [begin, *whole.ids[4:]] and cut.prompt_length == whole.prompt_length - 3
     assert cut.num_completion_tokens == whole.num_completion_tokens
 
 
