@@ -22,6 +22,9 @@ from training.options import Options, OptionsError
 from training.policies import Policy, save_policy
 from training.rollouts import Written
 
+_UNCHANGED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What vLLM and SGLang would take from the checkpoint's generation settings: draws would not be the policy's own."""
+
 
 class RolloutServerOptions(Options):
     """An OpenAI-compatible server that writes completions in place of this process."""
@@ -103,7 +106,7 @@ class ServerSampler:
                     top_p=1.0,
                     seed=seed,
                     logprobs=0,
-                    extra_body={"return_token_ids": True},
+                    extra_body=_UNCHANGED | {"return_token_ids": True},
                 )
                 return self._written(answer.choices[0], chance.shape[1])
 

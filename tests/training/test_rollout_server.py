@@ -117,6 +117,8 @@ def test_each_round_is_written_by_the_policy_of_that_round(
     chosen = options(base, tmp_path, url).model_copy(update={"tuning": tuning})
     train_ppo(chosen)
     assert server.reloads == [f"policy-{iteration:06d}" for iteration in range(3)]
+    neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert all(neutral.items() <= body.items() for body in server.asked), "not the checkpoint's own"
     assert [path.name for path in (tmp_path / "run" / "served").iterdir()] == ["policy-000002"]
     assert len(server.asked) == 2 * 8
     first = server.asked[0]
