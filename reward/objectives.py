@@ -18,6 +18,7 @@ So −4 parts them: as `min_reward` it refuses whatever misses a floor. Nothing 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def rule_for(
 
 def _reward_at(name: str, floor: Floor, scale: Normalisation) -> float:
     if not isinstance(floor, str):
-        return float(floor)
-    if re.fullmatch(r"p\d+(\.\d+)?", floor) and float(floor[1:]) <= 100:
+        if math.isfinite(floor):
+            return float(floor)
+    elif re.fullmatch(r"p\d+(\.\d+)?", floor) and float(floor[1:]) <= 100:
         reward = scale.at_percentile(float(floor[1:]))
         if reward is not None:
             return reward

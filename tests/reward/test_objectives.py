@@ -89,3 +89,9 @@ def test_a_rule_is_filled_in() -> None:
 def test_a_rule_that_cannot_be_is_named(choice: ObjectiveChoice, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         rule_for(choice, SCALES)
+
+
+@pytest.mark.parametrize("floor", [float("nan"), float("inf"), -float("inf")])
+def test_a_floor_that_is_no_number_is_refused(floor: float) -> None:
+    with pytest.raises(ValueError, match=r"floors\.a: .* must be a number"):
+        rule_for(ObjectiveChoice(None, {"a": floor}), {"a": Normalisation(), "b": Normalisation()})
