@@ -15,6 +15,7 @@ from feedback.jsonl import Skipped, replacing
 from training.actors import Actors
 from training.hydra import Hydra, split
 from training.language_mix import LanguageMix, read_mix
+from training.options import OptionsError
 from training.policies import Policy, load_policy
 from training.ppo_learner import LanguageLearner
 from training.ppo_options import PpoOptions
@@ -111,6 +112,12 @@ def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
 
     train, left_out = read(options.prompts)
     held_out, also_left_out = read(options.eval_prompts) if options.eval_prompts else ([], 0)
+    longest = max(len(prompt.ids) for prompt in (*train, *held_out))
+    if longest + options.max_new_tokens > policy.max_length:
+        raise OptionsError(
+            f"max_new_tokens: prompts of up to {longest} tokens and completions of {options.max_new_tokens} are more "
+            f"than the {policy.max_length} that {options.base} was made for; lower it, or max_prompt_tokens"
+        )
     return Prompts(train, held_out, left_out + also_left_out)
 
 

@@ -221,6 +221,7 @@ def test_what_cannot_work_claims_no_folder(base: Path, prompts: Path, tmp_path: 
     refused(OptionsError, "do not fall into 3 equal parts", num_minibatches=3)
     refused(OptionsError, "max_kl: needs eval_prompts", max_kl=1.0)
     refused(OptionsError, "has at most max_prompt_tokens: 2 tokens", max_prompt_tokens=2)
+    refused(OptionsError, "max_new_tokens: prompts of up to", max_new_tokens=600)
     refused(OptionsError, "base: cannot load", base=str(tmp_path / "nowhere"))
     refused(OptionsError, "reward: name one of", reward={})
     refused(DataError, "no such file", eval_prompts=[str(tmp_path / "nothing.jsonl")])
