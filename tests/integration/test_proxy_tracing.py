@@ -143,9 +143,11 @@ def test_a_failed_scoring_is_marked(start: Start) -> None:
     traced = start()
     traced.scorer.failure = ScoringError("secret")
     assert traced.ask().status_code == 200
-    (scoring,) = traced.spans(SpanKind.INTERNAL)
-    assert attributes(scoring)["error.type"] == "ScoringError" and scoring.status.status_code is StatusCode.ERROR
-    assert "secret" not in scoring.to_json()
+    scorings = traced.spans(SpanKind.INTERNAL)
+    assert scorings, "what could not be scored early is asked for again, or not: that goes by who came first"
+    for scoring in scorings:
+        assert attributes(scoring)["error.type"] == "ScoringError" and scoring.status.status_code is StatusCode.ERROR
+        assert "secret" not in scoring.to_json()
 
 
 def test_cancelled_calls_end_their_spans(start: Start) -> None:

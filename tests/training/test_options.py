@@ -98,7 +98,7 @@ def test_files_that_are_no_settings_are_refused(tmp_path: Path, text: str) -> No
 
 
 def test_an_empty_file_misses_its_settings(tmp_path: Path) -> None:
-    assert "train: Field required" in refusal(tmp_path, "")
+    assert "output: Field required" in refusal(tmp_path, "")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
