@@ -107,3 +107,10 @@ def _available() -> list[str]:
 
 def _choices() -> str:
     return f"choose {AUTO} or one of: {', '.join(_available())}"
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many tokens are kept in: fp64, where the device has it. Apple's GPUs do not."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64

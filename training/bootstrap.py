@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from reward.devices import exact_dtype
 from reward.ensembles import EnsembleHead
 from reward.network import PooledRewardModel, batches_by_length, collate
 from training.batches import EncodedGroup
@@ -41,7 +42,7 @@ def centre_heads(network: nn.Module, groups: Sequence[EncodedGroup], max_tokens:
     network.eval()
     device = next(network.parameters()).device
     items = [item for group in groups for item in group.items]
-    total = torch.zeros(network.head.members.out_features, dtype=torch.float64, device=device)
+    total = torch.zeros(network.head.members.out_features, dtype=exact_dtype(device), device=device)
     for batch in batches_by_length([len(item) for item in items], max_tokens):
-        total += network(collate([items[i] for i in batch], device), by_head=True).double().sum(dim=0)
+        total += network(collate([items[i] for i in batch], device), by_head=True).to(total.dtype).sum(dim=0)
     network.head.members.bias.sub_(total / len(items))

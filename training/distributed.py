@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from reward.devices import exact_dtype
 from training.options import OptionsError
 
 ItemT = TypeVar("ItemT")
@@ -51,7 +52,7 @@ class Placement:
 
     def added_up(self, totals: Tensor) -> list[float]:
         """Sums over all processes, number by number."""
-        summed: Any = self.accelerator.reduce(totals.detach().double(), reduction="sum")
+        summed: Any = self.accelerator.reduce(totals.detach().to(exact_dtype(totals.device)), reduction="sum")
         numbers: list[float] = summed.tolist()
         return numbers
 

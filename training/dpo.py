@@ -30,6 +30,7 @@ from torch import Tensor
 
 from feedback.jsonl import Skipped, replacing
 from feedback.rankings import ComparisonGroup, Pair
+from reward.devices import exact_dtype
 from reward.errors import InputError
 from training.comparisons import read_comparisons
 from training.conversations import Conversation, encode_conversation, fitted
@@ -266,15 +267,16 @@ def _compare(
     with torch.no_grad():
         gaps = chosen - rejected
         tied = gaps.abs() <= ROUNDING
-        correct = (gaps > 0).double().masked_fill(tied, 0.5)
-        count = torch.tensor(float(len(better)), dtype=torch.float64, device=loss.device)
+        exact = exact_dtype(loss.device)
+        correct = (gaps > 0).to(exact).masked_fill(tied, 0.5)
+        count = torch.tensor(float(len(better)), dtype=exact, device=loss.device)
         facts = torch.stack(
             [
-                loss.double(),
+                loss.to(exact),
                 correct.sum(),
-                options.beta * gaps.double().sum(),
-                options.beta * chosen.double().sum(),
-                options.beta * rejected.double().sum(),
+                options.beta * gaps.to(exact).sum(),
+                options.beta * chosen.to(exact).sum(),
+                options.beta * rejected.to(exact).sum(),
                 count,
             ]
         )
@@ -289,7 +291,8 @@ def _learn(
     options: DpoOptions,
 ) -> dict[str, float]:
     """Backward passes over the prompts of a step. Returns its metrics."""
-    totals = torch.zeros(6, dtype=torch.float64, device=placement.accelerator.device)
+    device = placement.accelerator.device
+    totals = torch.zeros(6, dtype=exact_dtype(device), device=device)
 
     def loss_of(weighted: tuple[list[ComparedGroup], float]) -> Tensor:
         part, share = weighted
@@ -318,7 +321,8 @@ def _validate(
     options: DpoOptions,
 ) -> dict[str, float]:
     """Over all held-out comparisons; every process computes its share."""
-    totals = torch.zeros(6, dtype=torch.float64, device=placement.accelerator.device)
+    device = placement.accelerator.device
+    totals = torch.zeros(6, dtype=exact_dtype(device), device=device)
     for part, share in _portions(placement, groups, layout):
         totals += _compare(placement, placement.plain, part, reference, layout, options).facts * share
     loss, correct, margin, _, _, pairs = placement.added_up(totals)

@@ -31,6 +31,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
 from feedback.jsonl import Skipped
+from reward.devices import exact_dtype
 from reward.network import batches_by_length, collate
 from reward.rendering import Rendered
 from training.batches import (
@@ -197,7 +198,9 @@ def _step(
     accelerator, network = placement.accelerator, placement.network
     network.train()
     work = placement.portions(groups, lambda share: split(share, options.micro_batch_tokens, packing))
-    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, correct, pairs, tokens
+    totals = torch.zeros(
+        4, dtype=exact_dtype(accelerator.device), device=accelerator.device
+    )  # loss, correct, pairs, tokens
 
     def loss_of(weighted: tuple[Part, float]) -> Tensor:
         part, share = weighted
@@ -207,7 +210,10 @@ def _step(
         loss, correct = _micro_loss(rewards, batch, options)
         loss = loss * share / len(groups)
         tokens = sum(len(item) for item in batch.items)
-        totals.add_(share * torch.stack([loss.detach().double(), correct.double(), *_counts(batch, tokens, loss)]))
+        totals.add_(
+            share
+            * torch.stack([loss.detach().to(totals.dtype), correct.to(totals.dtype), *_counts(batch, tokens, totals)])
+        )
         return loss
 
     accumulate(accelerator, network, work, loss_of)
@@ -227,7 +233,7 @@ def _step(
 
 
 def _counts(batch: MicroBatch, tokens: int, like: Tensor) -> list[Tensor]:
-    return [torch.tensor(float(n), dtype=torch.float64, device=like.device) for n in (batch.num_pairs, tokens)]
+    return [torch.tensor(float(n), dtype=like.dtype, device=like.device) for n in (batch.num_pairs, tokens)]
 
 
 def _micro_loss(rewards: Tensor, batch: MicroBatch, options: RewardOptions) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,8 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
 
     Where people rank and have not ranked enough yet, it stops with `rlhf_rankings.AwaitingPeopleError`.
     """
-    run = Path(options.output)
+    # Whole: adapters name the policy they began from by its path, and are loaded from other places.
+    run = Path(options.output).expanduser().resolve()
     _require_one_process()
     require_whole(options)
     description = _described(options)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from feedback.jsonl import Skipped, read_records
 from feedback.records import Demonstration, Messages, parse_demonstration
+from reward.devices import exact_dtype
 from reward.errors import InputError
 from training.conversations import Conversation, encode_conversation, fitted
 from training.distributed import Placement
@@ -123,7 +124,7 @@ def learn(placement: Placement, items: Sequence[Conversation], layout: Layout) -
     """Backward passes over the demonstrations of a step. Returns its metrics."""
     num_tokens = sum(item.num_completion_tokens for item in items)
     device = placement.accelerator.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+    totals = torch.zeros(2, dtype=exact_dtype(device), device=device)  # loss, correct
 
     def loss_of(weighted: tuple[Rows, float]) -> Tensor:
         rows, share = weighted
@@ -131,7 +132,7 @@ def learn(placement: Placement, items: Sequence[Conversation], layout: Layout) -
         loss = torch.nn.functional.cross_entropy(logits, rows.tokens, reduction="sum") * share / num_tokens
         with torch.no_grad():
             correct = (logits.argmax(dim=-1) == rows.tokens).sum() * share
-            totals.add_(torch.stack([loss.detach().double(), correct.double()]))
+            totals.add_(torch.stack([loss.detach().to(totals.dtype), correct.to(totals.dtype)]))
         return loss
 
     accumulate(placement.accelerator, placement.network, _parts(placement, items, layout), loss_of)
@@ -143,9 +144,10 @@ def learn(placement: Placement, items: Sequence[Conversation], layout: Layout) -
 def validate(placement: Placement, items: Sequence[Conversation], layout: Layout) -> dict[str, float]:
     """The mean loss of all held-out completion tokens; every process computes its share."""
     num_tokens = sum(item.num_completion_tokens for item in items)
-    total = torch.zeros(1, dtype=torch.float64, device=placement.accelerator.device)
+    device = placement.accelerator.device
+    total = torch.zeros(1, dtype=exact_dtype(device), device=device)
     for rows, share in _parts(placement, items, layout):
-        total -= rows.logprobs(placement.plain).double().sum() * share
+        total -= rows.logprobs(placement.plain).to(total.dtype).sum() * share
     (summed,) = placement.added_up(total)
     return {DECIDING: summed / num_tokens}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reward.devices import DeviceError, choose_device, choose_dtype, each_device
+from reward.devices import DeviceError, choose_device, choose_dtype, each_device, exact_dtype
 
 
 @pytest.fixture
@@ -62,3 +62,8 @@ def test_all_stands_for_every_gpu_or_else_for_the_best_there_is(machine: pytest.
     assert each_device(["all"]) == ["auto"]
     machine.setattr(torch.cuda, "device_count", lambda: 2)
     assert each_device(["all"]) == ["cuda:0", "cuda:1"]
+
+
+def test_long_sums_are_exact_where_the_device_can() -> None:
+    assert exact_dtype(torch.device("cpu")) == exact_dtype(torch.device("cuda")) == torch.float64
+    assert exact_dtype(torch.device("mps")) == torch.float32
