@@ -130,7 +130,8 @@ def test_a_providers_limits_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_settings_that_a_provider_does_not_know_are_refused(
     settings: dict[str, Any], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Read once, when the library is imported: the variable would come too late, and a lookup is tried for a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OptionsError) as refused:
         prepare(options(tmp_path, **settings))
     assert problem in str(refused.value)
