@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from feedback.judgements import CandidateSet, Judgement, StoredCandidate, StoredJudgement, StoreError
 from feedback.migrations import NewerSchemaError, candidate_sets, candidates, feedback, migrate
@@ -138,10 +140,20 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
     # Python's driver would begin transactions by itself, but not before every statement: `_begin_sqlite` does it.
     connection.isolation_level = None
     # FULL: what was acknowledged survives the loss of power, and costs nothing measurable beside WAL's own writes.
-    for pragma in (
-        f"busy_timeout = {_BUSY_TIMEOUT_MS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"
-    ):  # fmt: skip
+    for pragma in (f"busy_timeout = {_BUSY_TIMEOUT_MS}", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
+    # Where two open a new file at once, the switch to WAL fails at once for one of them: it heeds no busy_timeout.
+    switching = Retrying(
+        retry=retry_if_exception(_is_busy),
+        stop=stop_after_delay(_BUSY_TIMEOUT_MS / 1000),
+        wait=wait_random(0.005, 0.05),
+        reraise=True,
+    )
+    switching(connection.execute, "PRAGMA journal_mode = WAL")
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY
 
 
 def _begin_sqlite(connection: Connection) -> None:
