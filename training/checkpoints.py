@@ -5,10 +5,17 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from training.distributed import gathered, scattered_optimizer_state
+from training.options import OptionsError
 
 PREFIX = "step-"
 KEPT = 2
@@ -59,3 +66,69 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+
+
+class Trainable(Protocol):
+    """What training changes."""
+
+    def trainable_state(self) -> dict[str, Tensor]: ...
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+def best_file(run: Path) -> Path:
+    """Where `keep_best` puts weights."""
+    return run / "checkpoints" / "best.pt"
+
+
+def keep_best(accelerator: Accelerator, model: Trainable, run: Path) -> None:
+    """Keeps the weights as they are now; all processes take part."""
+    weights = gathered(model.trainable_state())
+    if accelerator.is_main_process:
+        target = best_file(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            torch.save(weights, file)
+        Path(file.name).replace(target)
+
+
+def save_training(
+    accelerator: Accelerator, model: Trainable, optimizer: Any, schedule: Any, step: int, best: list[float], run: Path
+) -> None:
+    """A checkpoint of a run of gradient steps; all processes take part. `best`: numbers that are given back."""
+    states = gather_object([random_state()])
+    state = {
+        "weights": gathered(model.trainable_state()),
+        "optimizer": gathered(optimizer.state_dict()),
+        "schedule": schedule.state_dict(),
+        "random": states,
+        "best": best,
+    }
+    if accelerator.is_main_process:
+        save_checkpoint(run / "checkpoints", step, state)
+    accelerator.wait_for_everyone()
+
+
+def resume_training(
+    accelerator: Accelerator, model: Trainable, optimizer: Any, schedule: Any, run: Path
+) -> tuple[int, list[Any]] | None:
+    """Puts back the newest checkpoint: its step and `best`. None where there is none.
+
+    Raises `OptionsError` where processes see different checkpoints, or are not as many as they were.
+    """
+    state = load_checkpoint(run / "checkpoints")
+    # All processes must take the same one, also when the newest appeared between two looks.
+    (step,) = broadcast_object_list([state["step"] if state else 0])
+    if step == 0:
+        return None
+    if state is None or state["step"] != step:
+        raise OptionsError(f"output: process {accelerator.process_index} does not see step {step} in {run}")
+    if len(state["random"]) != accelerator.num_processes:
+        raise OptionsError(
+            f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
+        )
+    model.load_trainable_state(state["weights"])
+    optimizer.load_state_dict(scattered_optimizer_state(optimizer, state["optimizer"]))
+    schedule.load_state_dict(state["schedule"])
+    restore_random_state(state["random"][accelerator.process_index])
+    return step, state["best"]

@@ -7,7 +7,6 @@ and the restored random state, so that a killed run goes on as if nothing had ha
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from training.batches import step_batches, steps_in_epoch
-from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
-from training.distributed import Placement, gathered, place, scattered_optimizer_state
+from training.checkpoints import best_file, keep_best, resume_training, save_training
+from training.distributed import Placement, gathered, place
 from training.loop import build_optimizer, build_schedule
 from training.options import OptionsError, PolicyOptions
 from training.policies import Policy, load_policy_for, save_policy
@@ -129,7 +128,7 @@ def fit(accelerator: Accelerator, policy: Policy, objective: Objective, options:
     if objective.validate is None:
         return Fitted(progress.step, progress.step, gathered(policy.trainable_state()))
     accelerator.wait_for_everyone()
-    best = torch.load(_best_file(run), map_location="cpu", weights_only=True)
+    best = torch.load(best_file(run), map_location="cpu", weights_only=True)
     return Fitted(progress.step, progress.best_step, best)
 
 
@@ -164,55 +163,24 @@ def _is_stale(progress: _Progress, options: PolicyOptions) -> bool:
     return options.patience is not None and progress.stale >= options.patience
 
 
-def _best_file(run: Path) -> Path:
-    return run / "checkpoints" / "best.pt"
-
-
 def _remember_best(accelerator: Accelerator, policy: Policy, progress: _Progress, loss: float, run: Path) -> None:
     if loss >= progress.best:
         progress.stale += 1
         return
     progress.best, progress.best_step, progress.stale = loss, progress.step, 0
-    weights = gathered(policy.trainable_state())
-    if accelerator.is_main_process:
-        target = _best_file(run)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            torch.save(weights, file)
-        Path(file.name).replace(target)
+    keep_best(accelerator, policy, run)
 
 
 def _save(
     accelerator: Accelerator, policy: Policy, optimizer: Any, schedule: Any, progress: _Progress, run: Path
 ) -> None:
-    states = gather_object([random_state()])
-    state = {
-        "weights": gathered(policy.trainable_state()),
-        "optimizer": gathered(optimizer.state_dict()),
-        "schedule": schedule.state_dict(),
-        "random": states,
-        "best": [progress.best, progress.best_step, progress.stale],
-    }
-    if accelerator.is_main_process:
-        save_checkpoint(run / "checkpoints", progress.step, state)
-    accelerator.wait_for_everyone()
+    best = [progress.best, progress.best_step, progress.stale]
+    save_training(accelerator, policy, optimizer, schedule, progress.step, best, run)
 
 
 def _resume(accelerator: Accelerator, policy: Policy, optimizer: Any, schedule: Any, run: Path) -> _Progress:
-    state = load_checkpoint(run / "checkpoints")
-    # All processes must take the same one, also when the newest appeared between two looks.
-    (step,) = broadcast_object_list([state["step"] if state else 0])
-    if step == 0:
+    found = resume_training(accelerator, policy, optimizer, schedule, run)
+    if found is None:
         return _Progress()
-    if state is None or state["step"] != step:
-        raise OptionsError(f"output: process {accelerator.process_index} does not see step {step} in {run}")
-    if len(state["random"]) != accelerator.num_processes:
-        raise OptionsError(
-            f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
-        )
-    policy.load_trainable_state(state["weights"])
-    optimizer.load_state_dict(scattered_optimizer_state(optimizer, state["optimizer"]))
-    schedule.load_state_dict(state["schedule"])
-    restore_random_state(state["random"][accelerator.process_index])
-    best, best_step, stale = state["best"]
+    step, (best, best_step, stale) = found
     return _Progress(step, best, best_step, stale)

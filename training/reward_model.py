@@ -18,7 +18,6 @@ encoded once. Departures:
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from feedback.jsonl import Skipped
@@ -43,9 +42,9 @@ from training.batches import (
     steps_in_epoch,
 )
 from training.bootstrap import centre_heads, with_head_weights
-from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from training.checkpoints import best_file, keep_best, resume_training, save_training
 from training.comparisons import read_comparisons
-from training.distributed import Placement, gathered, place, scattered_optimizer_state
+from training.distributed import Placement, gathered, place
 from training.evaluation import accuracy_of, pair_outcomes
 from training.frozen import fit_frozen
 from training.heads import domain_indices
@@ -181,7 +180,7 @@ def _train_by_gradient(
         if stopping:
             log.note(f"stopped early: no better accuracy in {progress.stale} validations")
     if data.validation:
-        best = torch.load(run / "checkpoints" / "best.pt", map_location="cpu", weights_only=True)
+        best = torch.load(best_file(run), map_location="cpu", weights_only=True)
         trainable.load_trainable_state(best)
     return {"steps": progress.step, "best_step": progress.best_step if data.validation else progress.step}
 
@@ -277,13 +276,7 @@ def _remember_best(
         progress.stale += 1
         return
     progress.best_accuracy, progress.best_step, progress.stale = accuracy, progress.step, 0
-    weights = gathered(trainable.trainable_state())
-    if accelerator.is_main_process:
-        folder = run / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            torch.save(weights, file)
-        Path(file.name).replace(folder / "best.pt")
+    keep_best(accelerator, trainable, run)
 
 
 def _save(
@@ -294,36 +287,15 @@ def _save(
     progress: _Progress,
     run: Path,
 ) -> None:
-    states = gather_object([random_state()])
-    state = {
-        "weights": gathered(trainable.trainable_state()),
-        "optimizer": gathered(optimizer.state_dict()),
-        "schedule": schedule.state_dict(),
-        "random": states,
-        "best": [progress.best_accuracy, progress.best_step, progress.stale],
-    }
-    if accelerator.is_main_process:
-        save_checkpoint(run / "checkpoints", progress.step, state)
-    accelerator.wait_for_everyone()
+    best = [progress.best_accuracy, progress.best_step, progress.stale]
+    save_training(accelerator, trainable, optimizer, schedule, progress.step, best, run)
 
 
 def _resume(
     accelerator: Accelerator, trainable: TrainableReward, optimizer: Any, schedule: Any, run: Path
 ) -> _Progress:
-    state = load_checkpoint(run / "checkpoints")
-    # All processes must take the same one, also when the newest appeared between two looks.
-    (step,) = broadcast_object_list([state["step"] if state else 0])
-    if step == 0:
+    found = resume_training(accelerator, trainable, optimizer, schedule, run)
+    if found is None:
         return _Progress()
-    if state is None or state["step"] != step:
-        raise OptionsError(f"output: process {accelerator.process_index} does not see step {step} in {run}")
-    if len(state["random"]) != accelerator.num_processes:
-        raise OptionsError(
-            f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
-        )
-    trainable.load_trainable_state(state["weights"])
-    optimizer.load_state_dict(scattered_optimizer_state(optimizer, state["optimizer"]))
-    schedule.load_state_dict(state["schedule"])
-    restore_random_state(state["random"][accelerator.process_index])
-    accuracy, best_step, stale = state["best"]
+    step, (accuracy, best_step, stale) = found
     return _Progress(step, accuracy, best_step, stale)
