@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from feedback.jsonl import located_records, read_records, replacing, write_records
-from feedback.records import Messages, parse_completions, parse_prompt
-from training.evaluation import completion_text
+from feedback.records import parse_completions, parse_prompt
 from training.options import OptionsError
 from training.ppo import train_ppo
 from training.reward_model import train_reward_model
 from training.reward_sources import OpenRemote, RewardSource, RewardSourceOptions
 from training.rlhf_options import RlhfOptions, ppo_options, require_whole, reward_options, sft_options
-from training.rlhf_rankings import Score, peoples_rankings, ranked_by
+from training.rlhf_rankings import Score, peoples_rankings, ranked_by, scores_by_prompt
 from training.rlhf_report import write_rlhf_report
 from training.rlhf_story import EVALUATION, RANKINGS, Expectation, ppo_folder, ppo_story, read_story, round_folder
 from training.rollouts import batch_of_prompts
@@ -209,20 +208,12 @@ class _Loop:
 
 def _compared(score: Score, sides: Sequence[Sides], names: tuple[str, str], judge: str) -> dict[str, Any]:
     """The win rate of the first, as plain values."""
-    pairs = [(side.prompt, completion_text(one)) for side in sides for one in side.completions]
-    found = iter(score([prompt for prompt, _ in pairs], [text for _, text in pairs]))
-    rewards = [[next(found) for _ in side.completions] for side in sides]
-    meetings = meetings_by_reward(sides, rewards)
-    lengths = tuple(mean_length([one for side in sides for one in own(side)]) for own in (_first, _second))
-    return as_json(compare_models(names, judge, meetings, (lengths[0], lengths[1])))
-
-
-def _first(sides: Sides) -> Sequence[Messages]:
-    return sides.first
-
-
-def _second(sides: Sides) -> Sequence[Messages]:
-    return sides.second
+    rewards = scores_by_prompt(score, [(side.prompt, side.completions) for side in sides])
+    lengths = (
+        mean_length([one for side in sides for one in side.first]),
+        mean_length([one for side in sides for one in side.second]),
+    )
+    return as_json(compare_models(names, judge, meetings_by_reward(sides, rewards), lengths))
 
 
 def _sides(new: Path, old: Path) -> list[Sides]:

@@ -41,24 +41,27 @@ class Score(Protocol):
         """A number each."""
 
 
+def scores_by_prompt(score: Score, asked: Sequence[tuple[Messages, Sequence[Messages]]]) -> list[list[float]]:
+    """Of every completion of every prompt, asked for at once."""
+    pairs = [(prompt, completion_text(one)) for prompt, completions in asked for one in completions]
+    found = iter(score([prompt for prompt, _ in pairs], [text for _, text in pairs]))
+    return [[next(found) for _ in completions] for _, completions in asked]
+
+
 def ranked_by(score: Score, drawn: Iterable[Completions], source: str) -> list[dict[str, Any]]:
     """Rankings of what was drawn, by a scorer."""
     records = list(drawn)
-    pairs = [(one.prompt, completion_text(completion)) for one in records for completion in one.completions]
-    found = iter(score([prompt for prompt, _ in pairs], [text for _, text in pairs]))
-    rankings = []
-    for one in records:
-        rewards = [next(found) for _ in one.completions]
-        rankings.append(
-            {
-                "source": source,
-                "prompt": list(one.prompt),
-                "completions": [list(completion) for completion in one.completions],
-                "ranks": ranks_of(rewards),
-                "rewards": rewards,
-            }
-        )
-    return rankings
+    scores = scores_by_prompt(score, [(one.prompt, one.completions) for one in records])
+    return [
+        {
+            "source": source,
+            "prompt": list(one.prompt),
+            "completions": [list(completion) for completion in one.completions],
+            "ranks": ranks_of(rewards),
+            "rewards": rewards,
+        }
+        for one, rewards in zip(records, scores, strict=True)
+    ]
 
 
 def peoples_rankings(rank: RankOptions, number: int, samples: Path, earlier: Sequence[Path]) -> list[dict[str, Any]]:

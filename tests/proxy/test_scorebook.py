@@ -134,9 +134,10 @@ async def test_the_invalid_wait_until_nothing_better_came() -> None:
         assert await rewards(opened, GOOD) == [1]
 
 
-async def test_a_failure_before_anybody_asked_is_tried_again() -> None:
+@pytest.mark.parametrize("failure", [ScoringError("restarting"), QueueFullError("full")])
+async def test_a_failure_before_anybody_asked_is_tried_again(failure: RewardError) -> None:
     scorer = HeldScorer()
-    scorer.failures = [ScoringError("restarting")]
+    scorer.failures = [failure]
     scorer.allow(5)
     async with hearing(scorer) as opened:
         opened.arrived(GOOD)
@@ -160,19 +161,6 @@ async def test_a_failure_of_what_was_asked_for_is_told_once_then_tried_again() -
             await asking
         assert [score.reward for score in await opened.scorebook.scores([GOOD, BAD], None)] == [1, -1]
         assert scorer.calls == [["good"], ["bad"], ["good"]]
-
-
-async def test_a_full_queue_before_anybody_asked_is_no_failure() -> None:
-    scorer = HeldScorer()
-    scorer.failures = [QueueFullError("full")]
-    scorer.allow(5)
-    async with hearing(scorer) as opened:
-        opened.arrived(GOOD)
-        await scorer.entered()
-        for _ in range(3):
-            await asyncio.sleep(0)
-        assert await rewards(opened, GOOD, BAD) == [1, -1]
-        assert scorer.calls == [["good"], ["good", "bad"]]
 
 
 async def test_what_nobody_waits_for_any_more_is_cancelled() -> None:

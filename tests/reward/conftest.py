@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from reward.local import LocalScorer
 from tests.fakes.models import build_tiny_encoder_reward_model, build_tiny_reward_model
 
 FAMILIES = ("llama", "qwen2", "gpt2", "bert", "roberta")
@@ -39,3 +42,14 @@ def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> TinyReward:
         return folder
 
     return build
+
+
+@asynccontextmanager
+async def started(folder: Path, **options: Any) -> AsyncIterator[LocalScorer]:
+    """A scorer on the CPU, closed at the end."""
+    scorer = LocalScorer(str(folder), device="cpu", **options)
+    try:
+        await scorer.start()
+        yield scorer
+    finally:
+        await scorer.aclose()

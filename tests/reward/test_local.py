@@ -4,8 +4,7 @@ import asyncio
 import shutil
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from reward.scorer import Score, Scorer
 from reward.shared_prefix import SharingOptions
 from reward.shared_prefix_model import SharedPrefixModel
 from tests.fakes.gated import GatedModel
-from tests.reward.conftest import TinyReward
+from tests.reward.conftest import TinyReward, started
 
 SCALE = Normalisation(0.5, 0.25, tuple(q / 10 - 5 for q in range(101)))
 
@@ -45,16 +44,6 @@ def answered(*texts: str) -> list[Messages]:
 
 QUESTION = asked("What is the capital of France?")
 ANSWERS = answered("Paris.", "I do not know, my friend.", "Paris is the capital of France. " * 20)
-
-
-@asynccontextmanager
-async def started(folder: Path, **options: Any) -> AsyncIterator[LocalScorer]:
-    scorer = LocalScorer(str(folder), device="cpu", **options)
-    try:
-        await scorer.start()
-        yield scorer
-    finally:
-        await scorer.aclose()
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,11 +13,10 @@ import pytest
 import reward.model
 import reward.shared_prefix_model
 from feedback.records import Message, Messages
-from reward.local import LocalScorer
 from reward.model import RewardModel, load_reward_model
 from reward.shared_prefix import SharingOptions
 from reward.shared_prefix_model import SharedPrefixModel
-from tests.reward.conftest import TinyReward
+from tests.reward.conftest import TinyReward, started
 
 WAIT_S = 20
 
@@ -68,16 +66,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
     monkeypatch.setattr(reward.model, "load_reward_model", load)
     return passes
-
-
-@asynccontextmanager
-async def started(folder: Path, **options: Any) -> AsyncIterator[LocalScorer]:
-    scorer = LocalScorer(str(folder), device="cpu", **options)
-    try:
-        await scorer.start()
-        yield scorer
-    finally:
-        await scorer.aclose()
 
 
 async def until(claim: Callable[[], bool]) -> None:

@@ -25,11 +25,6 @@ Overrides = Annotated[
 ]
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `train` a group while it has a single trainer."""
-
-
 @contextmanager
 def trainer() -> Iterator[None]:
     """Around a trainer's import and run: what a person can mend becomes one line."""
