@@ -58,7 +58,8 @@ class _ProxyServer(_Told, proxy_server.Server):
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """The server's base URL, without a path. The proxy runs on its own server, anything else on uvicorn's."""
-    listening = socket.socket()
+    # asyncio turns delays (Nagle) off only for sockets that name their protocol, as those of `winnow serve` do.
+    listening = socket.socket(proto=socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     server = _ProxyServer(app) if isinstance(app, FastAPI) and hasattr(app.state, "gate") else _Told(_plain(app))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
