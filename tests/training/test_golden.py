@@ -12,8 +12,11 @@ from tests.golden import runs
 @pytest.mark.parametrize("name", runs.RUNS)
 def test_the_first_steps_are_those_on_record(name: str, tmp_path: Path) -> None:
     """After a change that is meant: `python -m tests.golden.runs`, and say why."""
-    # Sampled tokens feed back into PPO: what machines round differently grows from step to step.
     found, expected = runs.RUNS[name](name, tmp_path), runs.golden(name)
     assert len(found) == len(expected) == runs.STEPS
     for ours, recorded in zip(found, expected, strict=True):
-        assert ours == pytest.approx(recorded, rel=1e-3 if name in runs.PPO else 1e-4)
+        if name in runs.PPO:
+            # Sampled tokens feed back: what machines round differently grows from step to step. KL begins at 0.
+            assert ours == pytest.approx(recorded, rel=1e-3, abs=2e-4)
+        else:
+            assert ours == pytest.approx(recorded, rel=1e-4)
