@@ -109,7 +109,7 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line above the bars."""
         if self._active:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

@@ -55,6 +55,11 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def say(text: str, style: str | None = None) -> None:
+    """A line on standard error, in one piece however long: paths and commands in it are there to be copied."""
+    progress_console().print(text, markup=False, soft_wrap=True, style=style)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))  # noqa: T201
 

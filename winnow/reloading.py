@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.console import CommandError, progress_console
+from winnow.console import CommandError, say
 from winnow.parts import MadeParts, make_parts
 
 if TYPE_CHECKING:
@@ -62,15 +62,14 @@ async def reloading(app: Application, source: Source, made: MadeParts, metrics: 
 async def _reload_when(
     asked: asyncio.Event, app: Application, source: Source, made: MadeParts, metrics: ScoreMetrics
 ) -> None:
-    console = progress_console()
     while True:
         await asked.wait()
         asked.clear()
         try:
             made = await _reload(app, source, made, metrics)
-            console.print("winnow has taken up the new settings", markup=False)
+            say("winnow has taken up the new settings")
         except Exception as error:  # whatever was wrong with the new settings: the old ones go on
-            console.print(f"winnow goes on with the settings it has: {error}", markup=False, soft_wrap=True)
+            say(f"winnow goes on with the settings it has: {error}")
 
 
 async def _reload(app: Application, source: Source, made: MadeParts, metrics: ScoreMetrics) -> MadeParts:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from winnow.console import BAD_INPUT, FAILED, CommandError, exits, progress_console
+from winnow.console import BAD_INPUT, FAILED, CommandError, exits, say
 
 _SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _YOUNG_S = 5.0
@@ -60,7 +60,7 @@ class _Workers:
             self.exit_code = code
             self.stop(signal.SIGTERM)
             return
-        progress_console().print(f"winnow: worker {number} ended ({code}); starting another", markup=False)
+        say(f"winnow: worker {number} ended ({code}); starting another")
         if lived_s < _YOUNG_S:
             time.sleep(_PAUSE_S)
         self.start(number)

@@ -79,7 +79,7 @@ def show(answer: dict[str, Any]) -> None:
     """Candidates by reward, the winner marked."""
     winnow = answer.get("winnow")
     if not winnow:
-        out().print(answer["choices"][0]["message"]["content"], markup=False)
+        out().print(answer["choices"][0]["message"]["content"], markup=False, soft_wrap=True)
         raise CommandError("the answer came without candidates: is this base URL a winnow proxy?", FAILED)
     # Best first; those without a reward at the end.
     candidates = sorted(

@@ -17,7 +17,7 @@ from winnow.commands.contestants import Contestant, Drawing, completions_by_key,
 from winnow.commands.models import Device, Dtype, TrustRemoteCode, load_model
 from winnow.commands.reward_tables import p
 from winnow.commands.score import scored_records
-from winnow.console import FAILED, CommandError, out, print_json, progress_console, table
+from winnow.console import FAILED, CommandError, out, print_json, say, table
 from winnow.generation import KEY_VARIABLE, Origin, Pace
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _by_people(
     once = {prompt_key(side.prompt): (task, side) for task, side in met}
     meetings, unused = meetings_by_people({key: side for key, (_, side) in once.items()}, judged)
     if unused:
-        progress_console().print(f"{unused} judgements are not of these two models' completions", markup=False)
+        say(f"{unused} judgements are not of these two models' completions")
     try:
         found = compare_models(names, "people", meetings, _lengths(list(once.values())))
     except ValueError as error:

@@ -20,7 +20,7 @@ from training.hosted.providers import ENDED, Event, JobStatus, Provider, Provide
 from training.hosted.services import SERVICES, connect
 from training.hosted.serving import route_yaml
 from training.options import OptionsError, load_options
-from winnow.console import FAILED, CommandError, out, print_json, progress_console, table
+from winnow.console import FAILED, CommandError, out, print_json, progress_console, say, table
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -55,7 +55,7 @@ def prepare_files(
         return
     _show_prepared(prepared)
     if prepared.folder is not None:
-        progress_console().print(f"next: winnow hosted create {prepared.folder}", markup=False)
+        say(f"next: winnow hosted create {prepared.folder}")
 
 
 @app.command()
@@ -76,7 +76,7 @@ def create(folder: Folder, as_json: AsJson = False) -> None:
         print_json({"job": job, "provider": options.provider, "folder": str(folder)})
         return
     out().print(table(["job", "provider", "method", "model"], [[job, options.provider, options.method, options.model]]))
-    progress_console().print(f"next: winnow hosted status {folder} --follow", markup=False)
+    say(f"next: winnow hosted status {folder} --follow")
 
 
 @app.command()
@@ -162,7 +162,7 @@ def _counted(what: str) -> Iterator[Callable[[], None]]:
 def _warn(options: HostedOptions) -> None:
     notice = SERVICES[options.provider].notice
     if notice is not None:
-        progress_console().print(f"note: {notice}", markup=False, style="yellow")
+        say(f"note: {notice}", style="yellow")
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _show_prepared(prepared: Prepared) -> None:
         console.print(f"about {prepared.dollars:.2f} dollars for {passes}", markup=False)
     for _, facts in splits:
         for problem in facts.skipped:
-            progress_console().print(f"skipped: {problem}", markup=False)
+            say(f"skipped: {problem}")
 
 
 def _follow(provider: Provider, job: str, options: HostedOptions) -> tuple[JobStatus, list[Event]]:
@@ -265,8 +265,8 @@ def _offer(snippet: str | None, note: str | None, route_file: Path | None, as_js
     if route_file is not None:
         with replacing(route_file) as partial:
             partial.write_text(snippet, encoding="utf-8")
-        progress_console().print(f"route in {route_file}: winnow serve --config {route_file}", markup=False)
+        say(f"route in {route_file}: winnow serve --config {route_file}")
     elif not as_json:
         out().print(f"\nFor `winnow serve --config FILE`:\n\n{snippet}", markup=False)
     if note is not None:
-        progress_console().print(note, markup=False)
+        say(note)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from winnow.commands.reward_eval import evaluate
-from winnow.console import progress_console
+from winnow.console import say
 
 app = typer.Typer(no_args_is_help=True, help="Reward models: serve and evaluate them.")
 
@@ -38,7 +38,7 @@ def serve(
         "dtype": dtype,
     }
     source = Source(config, given(flags), scores_only=True)
-    run_server(source, lambda _, address: progress_console().print(f"winnow scores at {address}/v1/score"))
+    run_server(source, lambda _, address: say(f"winnow scores at {address}/v1/score"))
 
 
 app.command("eval")(evaluate)

@@ -29,7 +29,7 @@ from winnow.commands.models import (
 )
 from winnow.commands.reward_inputs import Inputs, Reading
 from winnow.commands.reward_tables import show
-from winnow.console import FAILED, CommandError, print_json, progress_console
+from winnow.console import FAILED, CommandError, print_json, progress_console, say
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
@@ -337,7 +337,7 @@ def _write_page(folder: Path, found: EvaluationReport) -> None:
         page = write_report(folder, found, datetime.now(UTC))
     except OSError as error:
         raise CommandError(f"--report {folder}: {error}") from error
-    progress_console().print(f"report: {page}", markup=False)
+    say(f"report: {page}")
 
 
 def _require_extra(module: str, extra: str) -> None:

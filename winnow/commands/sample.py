@@ -19,7 +19,7 @@ from training.sampling import Draft, Outcome, read_tasks
 from winnow.commands import drawing
 from winnow.commands.models import Device, Dtype, SkipInvalid, TrustRemoteCode, load_model
 from winnow.commands.score import SHOWN_CHARACTERS, scored_records
-from winnow.console import FAILED, CommandError, out, progress_console, table
+from winnow.console import FAILED, CommandError, out, say, table
 from winnow.generation import KEY_VARIABLE, Origin, Pace
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def sample(
         if not tasks:
             raise CommandError(f"--prompts: no prompt in {', '.join(map(str, prompts))}")
         if skipped.count:
-            progress_console().print(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
+            say(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
         with tempfile.TemporaryDirectory() as passing:
             target = output or Path(passing) / "samples.jsonl"
             with Draft(target, tasks, sampling) as draft:
@@ -111,7 +111,7 @@ def sample(
             if output is None:
                 _show(target, as_json)
             else:
-                progress_console().print(f"{len(tasks) - len(outcome.failures)} records in {output}", markup=False)
+                say(f"{len(tasks) - len(outcome.failures)} records in {output}")
     except (DataError, OSError) as error:
         raise CommandError(str(error)) from error
 

@@ -26,7 +26,7 @@ from winnow.commands.models import (
     load_model,
     score_with_progress,
 )
-from winnow.console import CommandError, out, progress_console, table
+from winnow.console import CommandError, out, say, table
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
@@ -62,13 +62,13 @@ def score(
     model = load_model(reward_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     scored = scored_records(model, records, max_batch_tokens)
     if skipped.count:
-        progress_console().print(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
+        say(f"skipped {skipped.count} bad records, such as {skipped.examples[0]}")
     if output is not None:
         try:
             count = write_records(output, scored)
         except (DataError, OSError) as error:
             raise CommandError(f"-o {output}: {error}") from error
-        progress_console().print(f"{count} records in {output}")
+        say(f"{count} records in {output}")
     elif as_json:
         for record in scored:
             print(json.dumps(record, ensure_ascii=False))  # noqa: T201

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.console import CommandError, progress_console
+from winnow.console import CommandError, progress_console, say
 from winnow.parts import make_parts
 from winnow.reloading import Source, reloading
 from winnow.version import __version__
@@ -57,7 +57,7 @@ def serve(
             "dtype": dtype,
         },
     )
-    run_server(Source(config, flags), lambda _, address: progress_console().print(f"winnow serves {address}/v1"))
+    run_server(Source(config, flags), lambda _, address: say(f"winnow serves {address}/v1"))
 
 
 def run_server(source: Source, on_ready: Callable[[uvicorn.Server, str], None]) -> None:

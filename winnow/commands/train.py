@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from feedback.jsonl import DataError
 from reward.errors import RewardError
-from winnow.console import FAILED, CommandError, progress_console
+from winnow.console import FAILED, CommandError, say
 
 if TYPE_CHECKING:
     from reward.scorer import Scorer
@@ -44,8 +45,10 @@ def _missing(error: ModuleNotFoundError) -> CommandError:
     return CommandError(f"training needs {error.name}: install winnow[training]")
 
 
-def _say(text: str) -> None:
-    progress_console().print(text, markup=False)
+def _tell(text: str) -> None:
+    """Once, not by each of the processes that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
 
 
 @app.command("reward")
@@ -61,7 +64,7 @@ def train_reward(config: ConfigFile, override: Overrides = None) -> None:
         from training.reward_model import train_reward_model
 
         folder = train_reward_model(load_options(RewardOptions, config, override or []))
-    _say(f"reward model in {folder}; its README.md says how good it is")
+    _tell(f"reward model in {folder}; its README.md says how good it is")
 
 
 @app.command("sft")
@@ -77,7 +80,7 @@ def train_sft(config: ConfigFile, override: Overrides = None) -> None:
         from training.sft import SftOptions, train_sft
 
         folder = train_sft(load_options(SftOptions, config, override or []))
-    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+    _tell(f"policy in {folder}; winnow serve --local-model {folder} serves it")
 
 
 @app.command("dpo")
@@ -93,7 +96,7 @@ def train_dpo(config: ConfigFile, override: Overrides = None) -> None:
         from training.options import load_options
 
         folder = train_dpo(load_options(DpoOptions, config, override or []))
-    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+    _tell(f"policy in {folder}; winnow serve --local-model {folder} serves it")
 
 
 @app.command("ppo")
@@ -110,7 +113,7 @@ def train_ppo(config: ConfigFile, override: Overrides = None) -> None:
         from training.ppo_options import PpoOptions
 
         folder = train_ppo(load_options(PpoOptions, config, override or []), open_remote=_remote)
-    _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+    _tell(f"policy in {folder}; winnow serve --local-model {folder} serves it")
 
 
 @app.command("rlhf")
@@ -130,8 +133,8 @@ def train_rlhf(config: ConfigFile, override: Overrides = None) -> None:
         from winnow.commands.rlhf_drawing import drawer
 
         options = load_options(RlhfOptions, config, override or [])
-        finished = run(options, Tools(drawer(options.device), _remote, _say))
-    _say(f"policy and reward model in {options.output}; {finished.report} tells how they came about")
+        finished = run(options, Tools(drawer(options.device), _remote, say))
+    _tell(f"policy and reward model in {options.output}; {finished.report} tells how they came about")
     if finished.unmet:
         raise CommandError("; ".join(f"not shown: {one.what} ({one.found})" for one in finished.unmet), FAILED)
 
@@ -162,6 +165,6 @@ def train_distill(config: ConfigFile, override: Overrides = None) -> None:
         options = load_options(DistillOptions, config, override or [])
         folder = distill(options, draw_with(options), score_with(options))
     if options.fit:
-        _say(f"policy in {folder}; winnow serve --local-model {folder} serves it")
+        _tell(f"policy in {folder}; winnow serve --local-model {folder} serves it")
     else:
-        _say(f"winners in {folder}")
+        _tell(f"winners in {folder}")
