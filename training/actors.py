@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from training.hydra import Hydra
 from training.kl import entropy_of
@@ -55,6 +56,11 @@ class Actors:
     reference: Policy | None = None
     """A frozen copy, where neither adapters nor a trunk stand for it."""
     precision: Precision = nullcontext
+
+    @property
+    def is_sharded(self) -> bool:
+        """Each pass is one of all processes together: all must make as many."""
+        return isinstance(self.policy.model, FSDPModule)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Those that learn."""

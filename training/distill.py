@@ -19,7 +19,6 @@ Stages, each of which is whole or not there in the run folder, so that a killed 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,10 +29,12 @@ from pydantic import Field
 from feedback.jsonl import Skipped, read_records, replacing, write_records
 from feedback.records import Completions, RecordError, parse_completions
 from training.fitting import RESULT
+from training.loop import start_accelerator
 from training.options import OptionsError
 from training.runs import OPTIONS_NAME, claim, described, refuse_taken
 from training.sampling import Draft, Drawn, Outcome, Sampling, Task, read_tasks
 from training.sft import SftOptions, train_sft
+from training.stages import made_by_first
 from training.winners import Rules, select_winners
 
 _RULES = ("winners_per_prompt", "min_reward", "top_share", "keep_cut_off")
@@ -78,7 +79,7 @@ class DistillOptions(SftOptions):
     keep_cut_off: bool = False
     """Learn also from completions that ended at `max_new_tokens`."""
     fit: bool = True
-    """`false`: stop when the winners are written, to fine-tune on them elsewhere or with `torchrun`."""
+    """`false`: stop when the winners are written, to fine-tune on them elsewhere."""
 
     @property
     def sampling(self) -> Sampling:
@@ -132,33 +133,40 @@ def distill(options: DistillOptions, draw: Draw, score: Score) -> Path:
     # `fit` may change from one start to the next: what was done so far is the same.
     files = [*options.prompts, *options.train, *options.validation]
     description = {name: value for name, value in described(options, files).items() if name != "fit"}
-    if not (run / "winners.jsonl").is_file():
+    accelerator = start_accelerator(options)
+    if accelerator.is_main_process and not (run / "winners.jsonl").is_file():
         _take_rules(run, description)
+    accelerator.wait_for_everyone()
     refuse_taken(run, description, result=RESULT)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionsError(
-            "distillation draws and chooses in one process: start it without torchrun and with fit=false, then "
-            f"`torchrun … winnow train sft` with train=[{run / 'winners.jsonl'}]"
-        )
     skipped = Skipped()
     tasks = read_tasks([Path(file).expanduser() for file in options.prompts], skipped if options.skip_invalid else None)
     if not tasks:
         raise OptionsError(f"prompts: no prompt in {', '.join(options.prompts)}")
-    claim(run, description)
-    if not (run / "samples.jsonl").is_file():
-        _sample(options, run / "samples.jsonl", tasks, draw)
-    if not (run / "scored.jsonl").is_file():
-        write_records(run / "scored.jsonl", _scored(run / "samples.jsonl", score))
-    if not (run / "winners.jsonl").is_file():
-        _choose(options, run, skipped)
-    if not options.fit:
-        return run / "winners.jsonl"
     fine_tuning = options.fine_tuning(run)
     # A kill between the two leaves a finished policy in its own run folder.
     done = Path(fine_tuning.output) / RESULT
-    folder = done if done.exists() else train_sft(fine_tuning)
-    folder.rename(run / RESULT)
+    is_fitted = done.exists()
+    accelerator.wait_for_everyone()
+
+    def win() -> None:
+        claim(run, description)
+        if not (run / "samples.jsonl").is_file():
+            _sample(options, run / "samples.jsonl", tasks, draw)
+        if not (run / "scored.jsonl").is_file():
+            write_records(run / "scored.jsonl", _scored(run / "samples.jsonl", score))
+        _choose(options, run, skipped)
+
+    made_by_first(accelerator, run / "winners.jsonl", win)
+    if not options.fit:
+        return run / "winners.jsonl"
+    if not is_fitted:
+        train_sft(fine_tuning)
+    made_by_first(accelerator, run / RESULT, lambda: _move(done, run / RESULT))
     return run / RESULT
+
+
+def _move(folder: Path, target: Path) -> None:
+    folder.rename(target)
 
 
 def _take_rules(run: Path, description: Mapping[str, Any]) -> None:

@@ -6,13 +6,16 @@ trains unsharded and says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reward.devices import exact_dtype
@@ -65,16 +68,17 @@ def place(accelerator: Accelerator, model: nn.Module, sharding: Sharding) -> Pla
     if sharding == "none":
         network = accelerator.prepare(model)
         return Placement(accelerator, network, accelerator.unwrap_model(network), is_sharded=False)
-    if accelerator.num_processes == 1:
-        raise OptionsError("sharding: fsdp2 spreads a model over several processes, and this is one: use torchrun")
-    _shard(model.to(accelerator.device), accelerator)
+    shard(model.to(accelerator.device), accelerator)
     return Placement(accelerator, model, model, is_sharded=True)
 
 
-def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Spreads a model on its device over all processes. Raises `OptionsError` when nothing could be sharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    if accelerator.num_processes == 1:
+        raise OptionsError("sharding: fsdp2 spreads a model over several processes, and this is one: use torchrun")
     formats = {"bf16": torch.bfloat16, "fp16": None}
     if accelerator.mixed_precision == "fp16":
         raise OptionsError("mixed_precision: fp16 does not go with sharding: fsdp2; use bf16")
@@ -94,6 +98,57 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
 def _layer_names(model: Any) -> frozenset[str]:
     """Classes of the layers that are gathered one at a time; empty where the model does not say."""
     return frozenset(name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ())
+
+
+@contextmanager
+def whole_weights(model: Any) -> Iterator[None]:
+    """Inside, a sharded model stands whole in each process, which may make as many passes through it as it needs.
+
+    All processes must enter, each after a first pass through the model. A whole model is left as it is.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+        model.set_reshard_after_forward(True)
+
+
+def in_step(
+    accelerator: Accelerator, parts: Sequence[PartT], spare: PartT, *, is_sharded: bool
+) -> Iterator[tuple[PartT, bool]]:
+    """A process's own micro-batches and whether each counts: where models are sharded, as many as any process has.
+
+    Those that are made up for are `spare`. All processes must call it alike.
+    """
+    wanted = max(gather_object([len(parts)])) if is_sharded else len(parts)
+    yield from ((part, True) for part in parts)
+    yield from ((spare, False) for _ in range(wanted - len(parts)))
+
+
+def add_up_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """The sum over all processes of what each has added to its gradients, of a whole model or a sharded one.
+
+    A whole model's go as one buffer; a process that had nothing to do may have none.
+    """
+    if accelerator.num_processes == 1 or not parameters:
+        return
+    if isinstance(parameters[0], DTensor):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(accelerator.num_processes)  # FSDP has averaged
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    whole: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
+    for parameter, total in zip(parameters, torch.split(whole, [grad.numel() for grad in grads]), strict=True):
+        parameter.grad = total.view_as(parameter)
 
 
 def gathered(value: Any) -> Any:

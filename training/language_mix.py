@@ -19,6 +19,7 @@ from reward.network import batches_by_length
 from training.actors import Actors
 from training.batches import epoch_order
 from training.conversations import Conversation, encode_conversation, fitted
+from training.distributed import in_step
 from training.logprobs import completion_logprobs
 from training.options import OptionsError
 from training.policies import Policy
@@ -52,8 +53,11 @@ class LanguageMix:
         num_tokens = sum(one.num_completion_tokens for one in examples)
         mine = examples[accelerator.process_index :: accelerator.num_processes]
         total = torch.zeros((), device=actors.device)
-        for part in batches_by_length([len(one) for one in mine], self._micro_batch_tokens):
-            loss = self._loss([mine[k] for k in part], actors)
+        parts = [
+            [mine[k] for k in part] for part in batches_by_length([len(o) for o in mine], self._micro_batch_tokens)
+        ]
+        for part, counts in in_step(accelerator, parts, examples[:1], is_sharded=actors.is_sharded):
+            loss = self._loss(part, actors) * counts
             (self._coefficient * loss / num_tokens).backward()
             total += loss.detach()
         return float(accelerator.reduce(total, reduction="sum")) / num_tokens

@@ -39,7 +39,6 @@ from training.kl import AdaptiveKL, FixedKL, KLController
 from training.loop import schedule_factor, start_accelerator
 from training.moving_average import WeightAverage
 from training.options import OptionsError
-from training.policies import save_policy
 from training.ppo_evaluation import HeldOut, evaluate, write_samples
 from training.ppo_options import PpoOptions
 from training.ppo_parts import PpoParts, Prompts, build_parts, build_sampler, read_all, weight_files
@@ -78,16 +77,14 @@ def train_ppo(options: PpoOptions, *, open_remote: OpenRemote | None = None) -> 
         collector = Collector(
             accelerator,
             parts.actors,
-            build_sampler(parts.actors, options),
+            build_sampler(parts, options),
             reward.score,
             options.max_new_tokens,
             options.micro_batch_tokens,
             options.seed,
         )
         progress = _iterate(accelerator, parts, prompts, collector, options, run)
-    if accelerator.is_main_process:
-        _publish(parts, progress, options, run)
-    accelerator.wait_for_everyone()
+    _publish(parts, progress, options, run)
     return run / RESULT
 
 
@@ -140,8 +137,8 @@ def _iterate(
 
 
 def _tell_sampler(accelerator: Accelerator, collector: Collector, progress: Progress) -> None:
-    if accelerator.is_main_process:
-        collector.sampler.weights_changed(progress.iteration)
+    collector.sampler.weights_changed(progress.iteration)
+    # None asks a server before the one that leads it has made it take the weights.
     accelerator.wait_for_everyone()
 
 
@@ -169,7 +166,7 @@ def _iteration(
     parts.learner.rows = ()
     progress.controller = progress.controller.updated(experience.kl, size)
     if progress.average is not None:
-        progress.average.update(parts.actors.policy.trainable_state())
+        progress.average.update(parts.writer.weights())
     return {
         **_sampling_metrics(samples, frozen),
         **_learning_metrics(experience, learnt),
@@ -229,13 +226,13 @@ def _evaluate(
     progress.stale = 0 if is_better else progress.stale + 1
     is_stale = options.patience is not None and progress.stale >= options.patience
     progress.stopped = is_stale or not is_within
+    if is_within and (is_better or options.patience is None):
+        parts.keep_policy(run)
     if accelerator.is_main_process:
         facts = {f"eval_{name}": value for name, value in asdict(found).items()}
         log.metrics(progress.iteration, {**facts, "eval_reward": reward})
         log.note(_one_line(progress.iteration, found))
         write_samples(run, progress.iteration, table)
-        if is_within and (is_better or options.patience is None):
-            parts.keep_policy(run)
         if progress.stopped:
             reason = f"no better reward in {progress.stale} evaluations" if is_within else "KL past max_kl"
             log.note(f"stopped: {reason}; the weights are those of the last evaluation that was right")
@@ -250,14 +247,13 @@ def _one_line(iteration: int, found: HeldOut) -> str:
 
 
 def _publish(parts: PpoParts, progress: Progress, options: PpoOptions, run: Path) -> None:
-    """Policy last: where it is, the run is finished."""
-    policy = parts.actors.policy
+    """Policy last: where it is, the run is finished. All processes take part."""
     if options.eval_prompts:
         parts.take_kept_policy(run)
     parts.save_value(run)
     if progress.average is not None and not (run / "policy-ema").exists():
-        save_policy(policy, run / "policy-ema", trainable=progress.average.weights)
-    save_policy(policy, run / RESULT)
+        parts.writer.write(run / "policy-ema", progress.average.weights)
+    parts.writer.write(run / RESULT)
 
 
 def num_iterations(num_prompts: int, options: PpoOptions) -> int:
@@ -276,7 +272,7 @@ def _controller(options: PpoOptions) -> KLController:
 def _average(parts: PpoParts, options: PpoOptions) -> WeightAverage | None:
     if options.ema_decay is None:
         return None
-    return WeightAverage(parts.actors.policy.trainable_state(), options.ema_decay)
+    return WeightAverage(parts.writer.weights(), options.ema_decay)
 
 
 def _require_sizes(options: PpoOptions) -> None:
@@ -285,6 +281,8 @@ def _require_sizes(options: PpoOptions) -> None:
             f"num_minibatches: {options.global_batch_size} completions do not fall into {options.num_minibatches} "
             "equal parts"
         )
+    if options.sharding != "none" and options.tuning == "top_layers":
+        raise OptionsError("sharding: fsdp2 goes with tuning: lora or full; top_layers shares one trunk as it is")
     for name in ("max_kl", "patience"):
         if getattr(options, name) is not None and not options.eval_prompts:
             raise OptionsError(f"{name}: needs eval_prompts to go by")

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from feedback.jsonl import replacing
-from reward.network import batches_by_length
 from training.kl import entropy_of, exact_kl, k1
 from training.logprobs import token_logprobs
 from training.rollouts import Collector, EncodedPrompt, Sampled, gathered
@@ -88,8 +87,8 @@ def _measured(collector: Collector, sequences: Sequence[TokenSequence]) -> list[
     """Exact KL, k1 and entropy (all summed over the completion; entropy a token) of each."""
     actors = collector.actors
     results: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(sequences)
-    for part in batches_by_length([len(one) for one in sequences], collector.micro_batch_tokens):
-        batch = actors.collate([sequences[place] for place in part])
+    for part, there in collector.micro_batches(sequences):
+        batch = actors.collate(there)
         below = None
         if actors.hydra is not None:
             below = actors.hydra.below(batch.input_ids, batch.attention_mask, batch.position_ids)

@@ -1,22 +1,24 @@
 """The gradient steps of PPO on language models: micro-batches, processes, two optimizers, a mixture of language data.
 
 Every process holds all completions of a batch and evaluates its share of each minibatch; gradients are added up over
-processes before a step. So one process or several, one micro-batch or many, give the same step.
+processes before a step. So one process or several, one micro-batch or many, whole weights or shards give the same step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from reward.network import batches_by_length
 from training.actors import Actors, Frozen
+from training.distributed import add_up_gradients, gathered, in_step, scattered_optimizer_state
 from training.language_mix import LanguageMix
+from training.options import OptionsError
 from training.ppo_update import GradNorms, LossOf
 
 
@@ -63,20 +65,26 @@ class LanguageLearner:
         mine = rows[process.process_index :: process.num_processes]
         width = max(len(row.old_logprobs) for row in self.rows)
         lengths = [len(self.rows[row].sequence) for row in mine.tolist()]
-        for part in batches_by_length(lengths, self._micro_batch_tokens):
-            own = mine[part]
+        parts = [mine[part] for part in batches_by_length(lengths, self._micro_batch_tokens)]
+        for own, counts in in_step(process, parts, rows[:1], is_sharded=self._actors.is_sharded):
             now = self._actors.evaluate([self.rows[row] for row in own.tolist()])
             short = width - now.logprobs.shape[1]
             padded = type(now)(nn.functional.pad(now.logprobs, (0, short)), nn.functional.pad(now.values, (0, short)))
-            loss_of(padded, own).backward()  # type: ignore[no-untyped-call]
+            loss = loss_of(padded, own) if counts else 0.0 * (now.logprobs.sum() + now.values.sum())
+            loss.backward()  # type: ignore[no-untyped-call]
         if self._mix is not None:
             self.mix_loss = self._mix.accumulate(process, self._actors)
 
     def step(self) -> GradNorms:
         norms = []
-        for parameters, optimizer in zip(self._parameters, self._optimizers, strict=True):
-            self._add_up(parameters)
-            norms.append(float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm, error_if_nonfinite=True)))
+        for name, parameters, optimizer in zip(
+            ("learning_rate", "value_learning_rate"), self._parameters, self._optimizers, strict=True
+        ):
+            add_up_gradients(self._accelerator, parameters)
+            norm = float(gathered(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)))
+            if not math.isfinite(norm):
+                raise OptionsError(f"{name}: the gradient is {norm}; the run cannot recover. Try a lower rate")
+            norms.append(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return GradNorms(*norms)
@@ -87,22 +95,13 @@ class LanguageLearner:
         return cast(Tensor, self._accelerator.reduce(totals.to(self._actors.device), reduction="sum")).cpu()
 
     def state(self) -> list[dict[str, Any]]:
-        """Of the optimizers."""
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+        """Of the optimizers, whole. All processes must call it alike."""
+        return [gathered(optimizer.state_dict()) for optimizer in self._optimizers]
 
     def load_state(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Puts back what `state` gave."""
+        """Puts back what `state` gave. All processes must call it alike."""
         for optimizer, one in zip(self._optimizers, state, strict=True):
-            optimizer.load_state_dict(dict(one))
-
-    def _add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Gradients over all processes, as one buffer: a process without rows in a minibatch has none of its own."""
-        if self._accelerator.num_processes == 1:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        whole = cast(Tensor, self._accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="sum"))
-        for parameter, total in zip(parameters, torch.split(whole, [g.numel() for g in grads]), strict=True):
-            parameter.grad = total.view_as(parameter)
+            optimizer.load_state_dict(scattered_optimizer_state(optimizer, dict(one)))
 
 
 def _decayed(parameters: Sequence[nn.Parameter], decay: float) -> list[dict[str, Any]]:

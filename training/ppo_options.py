@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from training.advantages import MissingEnd
+from training.distributed import Sharding
 from training.options import LoraOptions, StepOptions
 from training.ppo_update import UpdateOptions
 from training.reward_sources import RewardSourceOptions
@@ -37,6 +38,9 @@ class PpoOptions(UpdateOptions, StepOptions):
     beside a frozen copy."""
     lora: LoraOptions = LoraOptions()
     """Adapters, for `tuning: lora`. Their dropout is not used: PPO compares log-probabilities of two passes."""
+    sharding: Sharding = "none"
+    """`none`: each process holds the models whole. `fsdp2`: weights, gradients and optimizer state are spread over the
+    processes that `torchrun` starts; for `lora` and `full`. The policy's weights are put together while it writes."""
     top_layers: int = Field(default=2, ge=1)
     """Layers that learn, for `tuning: top_layers`."""
     value_base: str | None = None

@@ -13,14 +13,17 @@ from accelerate import Accelerator
 
 from feedback.jsonl import Skipped, replacing
 from training.actors import Actors
+from training.distributed import gathered, shard
 from training.hydra import Hydra, split
 from training.language_mix import LanguageMix, read_mix
 from training.options import OptionsError
 from training.policies import Policy, load_policy
+from training.policy_writer import PolicyWriter
 from training.ppo_learner import LanguageLearner
 from training.ppo_options import PpoOptions
 from training.rollout_server import ServerSampler
 from training.rollouts import EncodedPrompt, ModelSampler, Sampler, read_prompts
+from training.sequences import TokenSequence
 from training.value_models import RewardValues, StateValues, reward_values, state_values, without_dropout
 
 KEPT = "kept.pt"
@@ -31,28 +34,34 @@ VALUE = "value.safetensors"
 class PpoParts:
     """Models and what trains them."""
 
+    accelerator: Accelerator
     actors: Actors
     learner: LanguageLearner
+    writer: PolicyWriter
     mix: LanguageMix | None
 
     def keep_policy(self, run: Path) -> None:
-        """Remembers the policy's weights as they are: the last that were within `max_kl`."""
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with replacing(run / "checkpoints" / KEPT) as partial:
-            torch.save(self.actors.policy.trainable_state(), partial)
+        """Remembers the policy's weights as they are: the last that were within `max_kl`. All processes take part."""
+        weights = self.writer.weights()
+        if self.accelerator.is_main_process:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            with replacing(run / "checkpoints" / KEPT) as partial:
+                torch.save(weights, partial)
+        self.accelerator.wait_for_everyone()
 
     def take_kept_policy(self, run: Path) -> None:
-        """Puts them back."""
+        """Puts them back. All processes take part."""
         kept = torch.load(run / "checkpoints" / KEPT, map_location="cpu", weights_only=True)
         self.actors.policy.load_trainable_state(kept)
 
     def save_value(self, run: Path) -> None:
-        """Writes the value model's weights, for whoever wants to go on from here."""
+        """Writes the value model's weights, for whoever wants to go on from here. All processes take part."""
         from safetensors.torch import save_file
 
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.actors.value.state_dict().items()}
-        with replacing(run / VALUE) as partial:
-            save_file(weights, partial)
+        weights = gathered({name: value.detach() for name, value in self.actors.value.state_dict().items()})
+        if self.accelerator.is_main_process:
+            with replacing(run / VALUE) as partial:
+                save_file({name: value.cpu().contiguous() for name, value in weights.items()}, partial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +86,17 @@ def build_parts(accelerator: Accelerator, options: PpoOptions) -> PpoParts:
             model.to(accelerator.device)
     if hydra is not None:
         hydra.reference_top.to(accelerator.device)
+    if options.sharding == "fsdp2":
+        _shard(accelerator, policy, reference, value)
 
     def precision() -> AbstractContextManager[Any]:
         return cast(AbstractContextManager[Any], accelerator.autocast())
 
     actors = Actors(policy, value, options.temperature, accelerator.device, hydra, reference, precision)
+    if actors.is_sharded:
+        # Shards are put in order by a first pass; without it they could not be put together to write.
+        end = [min(policy.stop_ids)]
+        actors.freeze([TokenSequence(end, end)])
     mix = _mix(policy, options)
     learner = LanguageLearner(
         accelerator,
@@ -95,7 +110,8 @@ def build_parts(accelerator: Accelerator, options: PpoOptions) -> PpoParts:
         micro_batch_tokens=options.micro_batch_tokens,
         mix=mix,
     )
-    return PpoParts(actors, learner, mix)
+    writer = PolicyWriter(accelerator, policy, (lambda: _load_policy(options)) if actors.is_sharded else None)
+    return PpoParts(accelerator, actors, learner, writer, mix)
 
 
 def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
@@ -121,12 +137,18 @@ def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
     return Prompts(train, held_out, left_out + also_left_out)
 
 
-def build_sampler(actors: Actors, options: PpoOptions) -> Sampler:
+def build_sampler(parts: PpoParts, options: PpoOptions) -> Sampler:
     """What writes completions. Raises `OptionsError`."""
     if options.rollout_server.url is None:
-        return ModelSampler(actors, options.generation_batch_size)
-    served = Path(options.output) / "served"
-    return ServerSampler(options.rollout_server, actors.policy, options.temperature, served)
+        return ModelSampler(parts.actors, options.generation_batch_size)
+    return ServerSampler(
+        options.rollout_server,
+        parts.actors.policy,
+        options.temperature,
+        Path(options.output) / "served",
+        parts.writer.write,
+        leads=parts.accelerator.is_main_process,
+    )
 
 
 def weight_files(options: PpoOptions) -> list[str]:
@@ -137,7 +159,18 @@ def weight_files(options: PpoOptions) -> list[str]:
 
 def _policies(options: PpoOptions) -> tuple[Policy, Hydra | None, Policy | None]:
     """The policy, and what stands for its reference beside adapters that can be switched off."""
-    policy = load_policy(
+    policy = _load_policy(options)
+    if options.tuning == "top_layers":
+        return policy, split(policy.model, options.top_layers), None
+    if options.tuning == "full":
+        frozen = load_policy(options.base, tuning="frozen", trust_remote_code=options.trust_remote_code)
+        return policy, None, frozen
+    return policy, None, None
+
+
+def _load_policy(options: PpoOptions) -> Policy:
+    """Whole, as it is before training."""
+    return load_policy(
         options.base,
         tuning="lora" if options.tuning == "lora" else "full",
         lora=options.lora,
@@ -145,12 +178,17 @@ def _policies(options: PpoOptions) -> tuple[Policy, Hydra | None, Policy | None]
         gradient_checkpointing=options.gradient_checkpointing,
         trust_remote_code=options.trust_remote_code,
     )
-    if options.tuning == "top_layers":
-        return policy, split(policy.model, options.top_layers), None
-    if options.tuning == "full":
-        frozen = load_policy(options.base, tuning="frozen", trust_remote_code=options.trust_remote_code)
-        return policy, None, frozen
-    return policy, None, None
+
+
+def _shard(
+    accelerator: Accelerator, policy: Policy, reference: Policy | None, value: StateValues | RewardValues
+) -> None:
+    """Every model of a language model's size; the value model on hidden states is two layers."""
+    shard(policy.model, accelerator)
+    if reference is not None:
+        shard(reference.model, accelerator)
+    if isinstance(value, RewardValues):
+        shard(value, accelerator)
 
 
 def _value(policy: Policy, options: PpoOptions) -> StateValues | RewardValues:

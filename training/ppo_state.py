@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from training.distributed import gathered
 from training.kl import AdaptiveKL
 from training.options import OptionsError
+from training.policies import put_weights
 from training.ppo_parts import PpoParts
 
 if TYPE_CHECKING:
@@ -25,20 +27,18 @@ FOLDER = "checkpoints"
 
 def save_progress(accelerator: Accelerator, parts: PpoParts, progress: Progress, run: Path) -> None:
     """Writes a checkpoint; every process takes part."""
-    states = gather_object([random_state()])
+    state: dict[str, Any] = {
+        "policy": parts.writer.weights(),
+        "value": gathered({name: value.detach() for name, value in parts.actors.value.named_parameters()}),
+        "optimizers": parts.learner.state(),
+        "kl_coef": progress.controller.coefficient,
+        "average": progress.average.weights if progress.average is not None else {},
+        "mix_taken": parts.mix.taken if parts.mix is not None else 0,
+        "stopped": progress.stopped,
+        "best": [progress.best_reward, progress.stale],
+        "random": gather_object([random_state()]),
+    }
     if accelerator.is_main_process:
-        value = parts.actors.value
-        state: dict[str, Any] = {
-            "policy": parts.actors.policy.trainable_state(),
-            "value": {name: tensor.detach() for name, tensor in value.state_dict().items()},
-            "optimizers": parts.learner.state(),
-            "kl_coef": progress.controller.coefficient,
-            "average": progress.average.weights if progress.average is not None else {},
-            "mix_taken": parts.mix.taken if parts.mix is not None else 0,
-            "stopped": progress.stopped,
-            "best": [progress.best_reward, progress.stale],
-            "random": states,
-        }
         save_checkpoint(run / FOLDER, progress.iteration, state)
     accelerator.wait_for_everyone()
 
@@ -60,7 +60,7 @@ def load_progress(accelerator: Accelerator, parts: PpoParts, progress: Progress,
             f"output: {run} was trained with {len(state['random'])} processes; go on with as many, or start anew"
         )
     parts.actors.policy.load_trainable_state(state["policy"])
-    parts.actors.value.load_state_dict(state["value"])
+    put_weights(parts.actors.value, state["value"])
     parts.learner.load_state(state["optimizers"])
     if isinstance(progress.controller, AdaptiveKL):
         progress.controller = AdaptiveKL(state["kl_coef"], progress.controller.target, progress.controller.horizon)

@@ -19,7 +19,6 @@ stage can be run by itself, on more devices, into the folder where the loop woul
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,8 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from feedback.jsonl import located_records, read_records, replacing, write_records
 from feedback.records import parse_completions, parse_prompt
+from training.loop import start_accelerator
 from training.options import OptionsError
 from training.ppo import train_ppo
 from training.reward_model import train_reward_model
@@ -41,6 +43,7 @@ from training.rollouts import batch_of_prompts
 from training.runs import claim, file_digest, refuse_taken
 from training.sampling import Sampling, Task, tasks_of
 from training.sft import train_sft
+from training.stages import made_by_first
 from training.winrate import Sides, as_json, compare_models, mean_length, meetings_by_reward
 
 Draw = Callable[[str, Sequence[Task], Sampling, Path], None]
@@ -77,12 +80,15 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
     """
     # Whole: adapters name the policy they began from by its path, and are loaded from other places.
     run = Path(options.output).expanduser().resolve()
-    _require_one_process()
     require_whole(options)
     description = _described(options)
     refuse_taken(run, description, result=POLICY)
-    loop = _Loop(options, tools, run, _tasks(options.sample.prompts), _tasks(options.evaluate.prompts))
-    claim(run, description)
+    # That of the first PPO: a launch that cannot work is refused before anything is drawn.
+    accelerator = start_accelerator(ppo_options(options, str(run), options.base, "", options.ppo_seeds[0]))
+    loop = _Loop(options, tools, accelerator, run, _tasks(options.sample.prompts), _tasks(options.evaluate.prompts))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        claim(run, description)
     first = policy = loop.fine_tune()
     answers = loop.answer(policy, run / "answers.jsonl")
     for number in range(1, options.rounds + 1):
@@ -91,10 +97,11 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
         reward_model = loop.train_reward_model(number)
         policy = loop.improve(number, policy if options.start == "last" else first, reward_model)
         answers = loop.evaluate(number, policy, answers, reward_model)
-        write_rlhf_report(run / REPORT, read_story(run, options))
+        if accelerator.is_main_process:
+            write_rlhf_report(run / REPORT, read_story(run, options))
     story = read_story(run, options)
-    _copy(Path(reward_model), run / REWARD_MODEL)
-    _copy(Path(policy), run / POLICY)
+    loop.made(run / REWARD_MODEL, lambda: _copy(Path(reward_model), run / REWARD_MODEL))
+    loop.made(run / POLICY, lambda: _copy(Path(policy), run / POLICY))
     return Finished(run / REPORT, [one for one in story.expectations if not one.met])
 
 
@@ -104,6 +111,7 @@ class _Loop:
 
     options: RlhfOptions
     tools: Tools
+    accelerator: Accelerator
     run: Path
     prompts: Sequence[Task]
     held_out: Sequence[Task]
@@ -114,7 +122,7 @@ class _Loop:
             return self.options.base
         folder = self.run / "sft"
         if not (folder / "policy").is_dir():
-            self.tools.say("fine-tuning on demonstrations")
+            self._say("fine-tuning on demonstrations")
             train_sft(sft_options(self.options, str(folder)))
         return str(folder / "policy")
 
@@ -122,26 +130,29 @@ class _Loop:
         """What is to be ranked."""
         asked = self.options.sample
         target = self._round(number) / "samples.jsonl"
-        if not target.is_file():
-            self._say(number, f"{asked.count} completions a prompt")
+
+        def draw() -> None:
+            self._say(f"{asked.count} completions a prompt", number)
             size = asked.prompts_per_round or len(self.prompts)
             places = batch_of_prompts(len(self.prompts), number - 1, size, self.options.seed)
             chosen = [self.prompts[place] for place in places]
             self.tools.draw(policy, chosen, self._sampling(asked.count, number), target)
-        return target
+
+        return self.made(target, draw)
 
     def rank(self, number: int, samples: Path) -> None:
         """`rankings.jsonl`: the comparisons that this round adds."""
         target = self._round(number) / RANKINGS
-        if target.is_file():
-            return
+        self.made(target, lambda: self._rank(number, samples, target))
+
+    def _rank(self, number: int, samples: Path, target: Path) -> None:
         rank = self.options.rank
         if rank.gold is not None:
-            self._say(number, "ranking by the gold scorer")
+            self._say("ranking by the gold scorer", number)
             with self._scorer(rank.gold) as scorer:
                 records = ranked_by(scorer.score, read_records([samples], parse_completions), f"round-{number}")
         else:
-            self._say(number, "looking for what people ranked")
+            self._say("looking for what people ranked", number)
             earlier = [self._round(one) / RANKINGS for one in range(1, number)]
             records = peoples_rankings(rank, number, samples, earlier)
         write_records(target, records)
@@ -150,7 +161,7 @@ class _Loop:
         """Learns all comparisons so far, old and new."""
         folder = self._round(number) / "reward"
         if not (folder / "model").is_dir():
-            self._say(number, "reward model")
+            self._say("reward model", number)
             rankings = [str(self._round(one) / RANKINGS) for one in range(1, number + 1)]
             train_reward_model(reward_options(self.options, str(folder), rankings))
         return str(folder / "model")
@@ -160,7 +171,7 @@ class _Loop:
         folders = [ppo_folder(self.run, number, seed) for seed in self.options.ppo_seeds]
         for seed, folder in zip(self.options.ppo_seeds, folders, strict=True):
             if not (folder / "policy").is_dir():
-                self._say(number, f"PPO, seed {seed}")
+                self._say(f"PPO, seed {seed}", number)
                 train_ppo(
                     ppo_options(self.options, str(folder), policy, reward_model, seed),
                     open_remote=self.tools.open_remote,
@@ -172,8 +183,9 @@ class _Loop:
         """Holds the round's policy against the one before it; the answers of the new one."""
         folder = self._round(number)
         answers = self.answer(policy, folder / "answers.jsonl")
-        if not (folder / EVALUATION).is_file():
-            self._say(number, "side by side with the policy before")
+
+        def hold() -> None:
+            self._say("side by side with the policy before", number)
             ours = self.options.evaluate.judge or self.options.rank.gold
             judge = ours or RewardSourceOptions(model=reward_model)
             sides = _sides(answers, before)
@@ -181,13 +193,22 @@ class _Loop:
                 found = _compared(scorer.score, sides, (f"round {number}", _name_before(number)), _name_of(judge))
             with replacing(folder / EVALUATION) as partial:
                 partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        self.made(folder / EVALUATION, hold)
         return answers
 
     def answer(self, policy: str, target: Path) -> Path:
         """What a policy says to the held-out prompts: the same chance for all policies."""
-        if not target.is_file():
-            self.tools.say(f"answers of {policy} to held-out prompts")
+
+        def draw() -> None:
+            self._say(f"answers of {policy} to held-out prompts")
             self.tools.draw(policy, self.held_out, self._sampling(self.options.evaluate.count, 0), target)
+
+        return self.made(target, draw)
+
+    def made(self, target: Path, make: Callable[[], None]) -> Path:
+        """`target`, which one process makes where it is not there yet."""
+        made_by_first(self.accelerator, target, make)
         return target
 
     def _sampling(self, count: int, stream: int) -> Sampling:
@@ -202,8 +223,9 @@ class _Loop:
     def _round(self, number: int) -> Path:
         return round_folder(self.run, number)
 
-    def _say(self, number: int, what: str) -> None:
-        self.tools.say(f"round {number} of {self.options.rounds}: {what}")
+    def _say(self, what: str, number: int | None = None) -> None:
+        if self.accelerator.is_main_process:
+            self.tools.say(what if number is None else f"round {number} of {self.options.rounds}: {what}")
 
 
 def _compared(score: Score, sides: Sequence[Sides], names: tuple[str, str], judge: str) -> dict[str, Any]:
@@ -244,18 +266,8 @@ def _described(options: RlhfOptions) -> dict[str, Any]:
     return {**options.model_dump(mode="json"), "data": digests}
 
 
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionsError(
-            "the loop runs in one process. To have a stage run on several, start its trainer by torchrun with the "
-            "settings in docs/training-rlhf.md; the loop goes on from its result"
-        )
-
-
 def _copy(source: Path, target: Path) -> None:
     """Appears only when whole."""
-    if target.exists():
-        return
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         shutil.copytree(source, partial, dirs_exist_ok=True)

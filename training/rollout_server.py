@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reward.errors import UnreachableError
 from training.options import Options, OptionsError
-from training.policies import Policy, save_policy
+from training.policies import Policy
 from training.rollouts import Written
 
 _UNCHANGED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -52,8 +52,20 @@ class RolloutServerOptions(Options):
 class ServerSampler:
     """A `Sampler` over such a server."""
 
-    def __init__(self, options: RolloutServerOptions, policy: Policy, temperature: float, folder: Path) -> None:
-        """`folder`: where weights are written for the server. Raises `OptionsError` without a way to reload them."""
+    def __init__(
+        self,
+        options: RolloutServerOptions,
+        policy: Policy,
+        temperature: float,
+        folder: Path,
+        write: Callable[[Path], None],
+        *,
+        leads: bool,
+    ) -> None:
+        """`folder`: where `write`, in which all processes take part, puts weights; one of them `leads` the server.
+
+        Raises `OptionsError` without a way to reload them.
+        """
         if not options.reload_command:
             raise OptionsError(
                 "rollout_server.reload_command: without it the server would go on with the weights it has"
@@ -62,12 +74,19 @@ class ServerSampler:
         self._policy = policy
         self._temperature = temperature
         self._folder = folder
+        self._write = write
+        self._leads = leads
 
     def weights_changed(self, iteration: int) -> None:
         """Writes the policy and has the server take it. Raises `UnreachableError` when it does not."""
         target = self._folder / f"policy-{iteration:06d}"
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed meanwhile
-        save_policy(self._policy, target)
+        if self._leads:
+            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed meanwhile
+        self._write(target)
+        if self._leads:
+            self._reload(target, iteration)
+
+    def _reload(self, target: Path, iteration: int) -> None:
         names = {"{folder}": str(target.resolve()), "{iteration}": str(iteration)}
         command = [_filled(argument, names) for argument in self._options.reload_command]
         try:

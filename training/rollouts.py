@@ -5,7 +5,7 @@ Each process samples, scores and evaluates its share of a batch; then all of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +24,7 @@ from training.actors import Actors, Frozen
 from training.batches import epoch_order
 from training.conversations import encode_prompt
 from training.decoding import decode, uniforms
+from training.distributed import in_step, whole_weights
 from training.options import OptionsError
 from training.policies import Policy
 from training.ppo_update import Rollout
@@ -73,7 +74,7 @@ class Sampler(Protocol):
         """None longer than `chance` (B, C) is wide, which holds uniform numbers. Raises `UnreachableError`."""
 
     def weights_changed(self, iteration: int) -> None:
-        """The policy has learnt, or was loaded: called by one process before it is sampled from again.
+        """The policy has learnt, or was loaded: called by all processes before it is sampled from again.
 
         Raises `UnreachableError`.
         """
@@ -130,13 +131,20 @@ def batch_of_prompts(num_prompts: int, iteration: int, batch_size: int, seed: in
 
 
 class ModelSampler:
-    """Decodes with the policy's own weights, prompts of similar length together."""
+    """Decodes with the policy's own weights, prompts of similar length together.
+
+    Sharded weights are put together in each process meanwhile, which then writes as long as its own completions take.
+    """
 
     def __init__(self, actors: Actors, batch_size: int) -> None:
         self._actors = actors
         self._batch_size = batch_size
 
     def __call__(self, prompts: Sequence[Sequence[int]], chance: Tensor) -> list[Written]:
+        with whole_weights(self._actors.policy.model):
+            return self._written(prompts, chance)
+
+    def _written(self, prompts: Sequence[Sequence[int]], chance: Tensor) -> list[Written]:
         actors = self._actors
         completions: list[Written] = [Written([])] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
@@ -178,10 +186,10 @@ class Collector:
         """
         rows = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         mine = [prompts[row] for row in rows]
-        if not mine:
-            return []
         chance = uniforms(self.seed, stream, rows, self.max_new_tokens)
         written = self.sampler([prompt.ids for prompt in mine], chance)
+        if not mine:
+            return []
         stop_ids, tokenizer = self.actors.policy.stop_ids, self.actors.policy.tokenizer
         ended = [one.ids[-1] in stop_ids for one in written]
         texts = [
@@ -197,11 +205,22 @@ class Collector:
     def freeze(self, samples: Sequence[Sampled]) -> list[Frozen]:
         """Each through policy, reference and value model, in order."""
         frozen: list[Frozen | None] = [None] * len(samples)
-        sequences = [sample.sequence for sample in samples]
-        for part in batches_by_length([len(one) for one in sequences], self.micro_batch_tokens):
-            for place, one in zip(part, self.actors.freeze([sequences[k] for k in part]), strict=True):
+        for part, sequences in self.micro_batches([sample.sequence for sample in samples]):
+            for place, one in zip(part, self.actors.freeze(sequences), strict=False):
                 frozen[place] = one
         return [one for one in frozen if one is not None]
+
+    def micro_batches(
+        self, sequences: Sequence[TokenSequence]
+    ) -> Iterator[tuple[Sequence[int], Sequence[TokenSequence]]]:
+        """For passes without gradients: places of each micro-batch and what stands there.
+
+        Where the models are sharded, some may have no places: they are there for the other processes' sake.
+        """
+        parts = batches_by_length([len(one) for one in sequences], self.micro_batch_tokens)
+        end = min(self.actors.policy.stop_ids)
+        for part, counts in in_step(self.accelerator, parts, [], is_sharded=self.actors.is_sharded):
+            yield part, [sequences[place] for place in part] if counts else [TokenSequence([end], [end])]
 
     def collect(self, prompts: Sequence[EncodedPrompt], stream: str) -> tuple[list[Sampled], list[Frozen]]:
         """The whole batch, in the order of `prompts`, on every process."""

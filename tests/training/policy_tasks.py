@@ -16,9 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import tasks
+from training.distill import DistillOptions, distill
 from training.dpo import DpoOptions, train_dpo
-from training.options import PolicyOptions
+from training.options import PolicyOptions, StepOptions
+from training.ppo import train_ppo
+from training.ppo_options import PpoOptions
+from training.rlhf import Tools, train_rlhf
+from training.rlhf_options import RlhfOptions
 from training.sft import SftOptions, train_sft
+from winnow.commands.distilling import draw_with, score_with
+from winnow.commands.rlhf_drawing import drawer
 
 OptionsT = TypeVar("OptionsT", bound=PolicyOptions)
 
@@ -53,7 +60,15 @@ def options(kind: type[OptionsT], base: Path, output: Path, train: Path, validat
     return kind.model_validate({**chosen, **more})
 
 
-def on_two_processes(method: str, chosen: PolicyOptions) -> Path:
+def on_one_process(method: str, chosen: StepOptions | RlhfOptions) -> Path:
+    """Runs a trainer in a process of its own; returns the run folder."""
+    process = _started(method, chosen, {})
+    process.join()
+    assert process.exitcode == 0
+    return Path(chosen.output)
+
+
+def on_two_processes(method: str, chosen: StepOptions | RlhfOptions) -> Path:
     """Runs a trainer in two processes, as torchrun starts them; returns the run folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -65,7 +80,7 @@ def on_two_processes(method: str, chosen: PolicyOptions) -> Path:
     return Path(chosen.output)
 
 
-def killed_run(method: str, chosen: PolicyOptions, *, killed_at: int) -> None:
+def killed_run(method: str, chosen: StepOptions, *, killed_at: int) -> None:
     """Runs a trainer in a process that is killed (-9) as soon as it has logged step `killed_at`.
 
     Its log is a pipe, so that the kill answers an event. The pipe takes only some 25 lines that nobody reads: the
@@ -92,10 +107,10 @@ def killed_run(method: str, chosen: PolicyOptions, *, killed_at: int) -> None:
     log.write_bytes(b"".join(lines))
 
 
-def _started(method: str, chosen: PolicyOptions, environment: dict[str, str]) -> Any:
+def _started(method: str, chosen: StepOptions | RlhfOptions, environment: dict[str, str]) -> Any:
     # Forked from a server that has imported the libraries once: a process from nothing takes seconds to do so.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.sft", "training.dpo", "peft"])
+    context.set_forkserver_preload(["training.sft", "training.dpo", "training.ppo", "peft"])
     process = context.Process(target=_run, args=(method, chosen.model_dump(mode="json"), environment), daemon=True)
     process.start()
     return process
@@ -105,17 +120,32 @@ def _run(method: str, settings: dict[str, Any], environment: dict[str, str]) -> 
     """In a process of its own: one trainer, with one thread, so that sums are added in one order."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if method == "sft":
-        train_sft(SftOptions.model_validate(settings))
-    else:
-        train_dpo(DpoOptions.model_validate(settings))
-    if environment:
+    match method:
+        case "sft":
+            train_sft(SftOptions.model_validate(settings))
+        case "dpo":
+            train_dpo(DpoOptions.model_validate(settings))
+        case "ppo":
+            train_ppo(PpoOptions.model_validate(settings))
+        case "distill":
+            asked = DistillOptions.model_validate(settings)
+            distill(asked, draw_with(asked), score_with(asked))
+        case "rlhf":
+            train_rlhf(RlhfOptions.model_validate(settings), Tools(drawer("cpu")))
+        case _:
+            raise ValueError(method)
+    if "RANK" in environment:
         torch.distributed.destroy_process_group()
 
 
 def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     """Of a finished policy, whole or adapters."""
-    (file,) = (run / "policy").glob("*model.safetensors")
+    return loaded(run / "policy")
+
+
+def loaded(place: Path) -> dict[str, torch.Tensor]:
+    """Of a file, or of the one in a folder."""
+    (file,) = place.glob("*model.safetensors") if place.is_dir() else [place]
     return load_file(file)
 
 

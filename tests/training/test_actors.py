@@ -236,6 +236,16 @@ def test_p15_each_network_has_its_own_rate_and_clipping(base: Path, tmp_path: Pa
     assert any(not torch.allclose(a, b, atol=1e-2) for a, b in zip(value, parts.actors.value_parameters(), strict=True))
 
 
+def test_a_gradient_that_is_no_number_is_not_stepped_along(base: Path, tmp_path: Path) -> None:
+    learner = (found := ppo_tasks.parts(base, tmp_path)).learner
+    before = [parameter.clone() for parameter in found.actors.policy_parameters()]
+    learner.rows = found.actors.freeze(SEQUENCES)
+    learner.accumulate(torch.arange(4), lambda now, rows: now.logprobs.sum() * torch.nan)
+    with pytest.raises(OptionsError, match=r"^learning_rate: the gradient is nan; .* Try a lower rate"):
+        learner.step()
+    assert all(torch.equal(*pair) for pair in zip(before, found.actors.policy_parameters(), strict=True))
+
+
 def test_p20_adam_is_given_a_large_eps(base: Path, tmp_path: Path) -> None:
     """With 1e-5 a first step on a gradient of 1e-6 is a tenth of the rate, not the whole of it."""
     parts = ppo_tasks.parts(base, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from feedback.records import Completions, Message, Messages
 from reward.rendering import content_text
-from tests.fakes.models import build_tiny_causal_lm
+from tests.fakes.models import build_tiny_causal_lm, build_tiny_reward_model
+from tests.training import policy_tasks
 from training import distill as method
 from training.conversations import encode_conversation
 from training.distill import DistillOptions, distill
@@ -195,8 +197,19 @@ def test_prompts_that_fail_stop_it_unless_allowed(base: Path, prompts: Path) -> 
     assert len(lines(distill(prompts_allowed, failing.draw, Judge().score))) == 5
 
 
-def test_several_processes_are_refused(base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionsError, match="draws and chooses in one process"):
-        distill(options(base, prompts), Upstream().draw, Judge().score)
-    assert not (prompts.parent / "run").exists()
+def test_two_processes_learn_the_winners_that_one_chose(base: Path, prompts: Path, tmp_path: Path) -> None:
+    judge = build_tiny_reward_model(tmp_path / "judge")
+
+    def chosen(name: str) -> DistillOptions:
+        own = {"output": str(tmp_path / name), "reward_model": str(judge), "max_new_tokens": 8, "keep_cut_off": True}
+        return options(base, prompts, **own)
+
+    one = policy_tasks.on_one_process("distill", chosen("one"))
+    two = policy_tasks.on_two_processes("distill", chosen("two"))
+    assert lines(one / "winners.jsonl") == lines(two / "winners.jsonl")
+    weights, others = policy_tasks.saved_weights(one), policy_tasks.saved_weights(two)
+    assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
+    # A finished run is found finished by both; one that was killed before its last step does only that.
+    shutil.move(two / "policy", two / "sft" / "policy")
+    policy_tasks.on_two_processes("distill", chosen("two"))
+    assert (two / "policy").is_dir()

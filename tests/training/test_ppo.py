@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import pkgutil
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from feedback.jsonl import DataError
 from reward.errors import ScoringError
-from tests.fakes.models import build_tiny_causal_lm
-from tests.training import ppo_tasks, tasks
+from tests.fakes.models import build_tiny_causal_lm, build_tiny_reward_model
+from tests.training import policy_tasks, ppo_tasks, tasks
 from training.options import OptionsError, load_options
 from training.ppo import num_iterations, train_ppo
 from training.ppo_options import PpoOptions
@@ -97,91 +99,132 @@ def write_texts(path: Path) -> Path:
     return path
 
 
-def killed_after(config: str, iteration: int) -> None:
-    """In a process of its own: as the command does, until it would begin another iteration."""
-    from training import ppo
+PLACES = {
+    "in the middle of an update": ("training.ppo_learner.LanguageLearner.step", 19),
+    "in the rollout after a checkpoint": ("training.rollouts.Collector.freeze", 5),
+    "as a checkpoint is written": ("torch.save", 4),
+    "as what was good enough is kept": ("torch.save", 3),
+    "before the policy is written": ("training.ppo_parts.PpoParts.save_value", 1),
+}
+"""Where a run is killed: a function, and which of its calls is the last thing the process does."""
 
+
+def killed_at(place: str, config: str) -> None:
+    """In a process of its own: as the command does, until the kill."""
     torch.set_num_threads(1)
-    whole = ppo.batch_of_prompts
+    name, last = PLACES[place]
+    owner, attribute = name.rsplit(".", 1)
+    found = pkgutil.resolve_name(owner)
+    whole, calls = getattr(found, attribute), itertools.count(1)
 
-    def until(num_prompts: int, at: int, batch_size: int, seed: int) -> list[int]:
-        if at == iteration:
+    def until(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == last:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(num_prompts, at, batch_size, seed)
+        return whole(*arguments, **more)
 
-    ppo.batch_of_prompts = until
+    setattr(found, attribute, until)
     train_ppo(load_options(PpoOptions, Path(config)))
 
 
-def test_a_killed_run_goes_on_exactly(base: Path, prompts: Path, tmp_path: Path) -> None:
-    def options(name: str) -> PpoOptions:
-        return ppo_tasks.options(
-            base,
-            tmp_path / name,
-            prompts,
-            tuning="lora",
-            eval_prompts=[str(prompts)],
-            iterations=6,
-            num_minibatches=2,
-            kl_target=1.0,
-            kl_horizon=100.0,
-            learning_rate=1e-2,
-            warmup_share=0.3,
-            save_every=2,
-            eval_every=3,
-            ema_decay=0.9,
-            ptx=[str(write_texts(tmp_path / "mix.jsonl"))],
-        )
-
-    train_ppo(options("unbroken"))
-    config = tasks.write_config(tmp_path / "config.yaml", options("killed"))  # type: ignore[arg-type]
-    code = f"from {__name__} import killed_after; killed_after({str(config)!r}, 5)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=tasks.environment(), check=False, timeout=100
+def resumable(base: Path, output: Path, prompts: Path) -> PpoOptions:
+    """Six iterations with all that has a state of its own."""
+    return ppo_tasks.options(
+        base,
+        output,
+        prompts,
+        tuning="lora",
+        eval_prompts=[str(prompts)],
+        iterations=6,
+        num_minibatches=2,
+        kl_target=1.0,
+        kl_horizon=100.0,
+        learning_rate=1e-2,
+        warmup_share=0.3,
+        save_every=2,
+        eval_every=3,
+        ema_decay=0.9,
+        ptx=[str(write_texts(prompts.parent / "mix.jsonl"))],
     )
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "policy").exists()
-    assert max(metric(tmp_path / "killed", "score")) == 5, "one iteration past its last checkpoint"
-    train_ppo(options("killed"))
-    assert tasks.read_log(tmp_path / "killed") == tasks.read_log(tmp_path / "unbroken")
-    for file in ("policy/adapter_model.safetensors", "policy-ema/adapter_model.safetensors", "value.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / file) for run in ("killed", "unbroken"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return policy_tasks.on_one_process("ppo", resumable(base, tmp_path_factory.mktemp("unbroken") / "run", prompts))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_run_goes_on_exactly(place: str, base: Path, prompts: Path, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tasks.write_config(tmp_path / "config.yaml", resumable(base, run, prompts))  # type: ignore[arg-type]
+    process = multiprocessing.get_context("forkserver").Process(target=killed_at, args=(place, str(config)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (run / "policy").exists()
+    policy_tasks.on_one_process("ppo", resumable(base, run, prompts))
+    assert tasks.read_log(run) == tasks.read_log(unbroken)
+    for file in ("policy", "policy-ema", "value.safetensors"):
+        ours, theirs = (policy_tasks.loaded(one / file) for one in (run, unbroken))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(OptionsError, match="holds a finished run"):
-        train_ppo(options("killed"))
+        train_ppo(resumable(base, run, prompts))
 
 
-def test_two_processes_give_what_one_does(base: Path, prompts: Path, tmp_path: Path) -> None:
+SPREAD: dict[str, dict[str, Any]] = {
+    "top layers": {"tuning": "top_layers"},
+    "shards of adapters": {"tuning": "lora", "sharding": "fsdp2"},
+    "shards of everything": {"tuning": "full", "sharding": "fsdp2", "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("kind", SPREAD)
+def test_two_processes_give_what_one_does(kind: str, base: Path, prompts: Path, tmp_path: Path) -> None:
     """P11, P19: other rows on each, the same advantages and the same weights."""
 
-    def options(name: str) -> PpoOptions:
-        return ppo_tasks.options(
-            base,
-            tmp_path / name,
-            prompts,
-            eval_prompts=[str(prompts)],
-            num_minibatches=2,
-            learning_rate=3e-3,
-            ptx=[str(write_texts(tmp_path / "mix.jsonl"))],
-        )
+    def options(name: str, **more: Any) -> PpoOptions:
+        chosen = {
+            "eval_prompts": [str(prompts)],
+            "num_minibatches": 2,
+            "micro_batch_tokens": 40,  # so that one process has more micro-batches than the other
+            "learning_rate": 3e-3,
+            "ptx": [str(write_texts(tmp_path / "mix.jsonl"))],
+            "ema_decay": 0.5,
+        }
+        return ppo_tasks.options(base, tmp_path / name, prompts, **{**chosen, **SPREAD[kind], **more})
+
+    train_ppo(options("one", sharding="none"))
+    two = policy_tasks.on_two_processes("ppo", options("two"))
+    one = tmp_path / "one"
+    lines = list(zip(tasks.read_log(one), tasks.read_log(two), strict=True))
+    assert lines
+    for ours, theirs in lines:
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for file in ("policy", "policy-ema", "value.safetensors"):
+        weights, others = (policy_tasks.loaded(run / file) for run in (one, two))
+        assert weights.keys() == others.keys()
+        assert all(torch.allclose(weights[name], others[name], atol=2e-4) for name in weights)
+
+
+def test_a_value_model_as_large_as_the_policy_is_sharded_too(prompts: Path, tmp_path: Path) -> None:
+    """And a run in shards goes on in shards."""
+    reward_model = build_tiny_reward_model(tmp_path / "reward")
+    start = build_tiny_causal_lm(tmp_path / "policy")
+
+    def options(name: str, **more: Any) -> PpoOptions:
+        chosen = {"tuning": "lora", "value_base": str(reward_model), "save_every": 1, "eval_prompts": [str(prompts)]}
+        return ppo_tasks.options(start, tmp_path / name, prompts, **{**chosen, **more})
 
     train_ppo(options("one"))
-    config = tasks.write_config(tmp_path / "config.yaml", options("two"))  # type: ignore[arg-type]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run(
-        [*launch, "-m", "winnow", "train", "ppo", "--config", str(config)],
-        env=tasks.environment(),
-        check=True,
-        timeout=110,
-        capture_output=True,
-    )
-    one, two = (tasks.read_log(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two)
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    weights = [load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("one", "two")]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-4) for name in weights[0])
+    two = policy_tasks.on_two_processes("ppo", options("two", sharding="fsdp2"))
+    checkpoints = two / "checkpoints"
+    shutil.rmtree(checkpoints / "step-0000003")
+    shutil.rmtree(two / "policy")
+    policy_tasks.on_two_processes("ppo", options("two", sharding="fsdp2"))
+    for file in ("policy", "value.safetensors"):
+        weights, others = (policy_tasks.loaded(run / file) for run in (tmp_path / "one", two))
+        assert all(torch.allclose(weights[name], others[name], atol=2e-4) for name in weights)
+    assert metric(two, "score") == pytest.approx(metric(tmp_path / "one", "score"), rel=1e-3)
 
 
 def test_a_policy_that_strays_is_stopped_and_the_last_good_one_kept(base: Path, prompts: Path, tmp_path: Path) -> None:
@@ -220,6 +263,8 @@ def test_what_cannot_work_claims_no_folder(base: Path, prompts: Path, tmp_path: 
 
     refused(OptionsError, "do not fall into 3 equal parts", num_minibatches=3)
     refused(OptionsError, "max_kl: needs eval_prompts", max_kl=1.0)
+    refused(OptionsError, "sharding: fsdp2 goes with tuning: lora or full", sharding="fsdp2")
+    refused(OptionsError, "sharding: fsdp2 .* use torchrun", sharding="fsdp2", tuning="lora")
     refused(OptionsError, "has at most max_prompt_tokens: 2 tokens", max_prompt_tokens=2)
     refused(OptionsError, "max_new_tokens: prompts of up to", max_new_tokens=600)
     refused(OptionsError, "base: cannot load", base=str(tmp_path / "nowhere"))

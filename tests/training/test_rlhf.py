@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,7 @@ from feedback.judgements import Judgement
 from feedback.records import parse_completions
 from feedback.store import DatabaseStore
 from tests.fakes.models import build_tiny_causal_lm
-from tests.training import rlhf_tasks
+from tests.training import policy_tasks, rlhf_tasks
 from training.options import OptionsError
 from training.rlhf import Finished, Tools, train_rlhf
 from training.rlhf_options import RlhfOptions
@@ -192,7 +193,16 @@ def test_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionsError, match="one process"):
-        train_rlhf(rlhf_tasks.options(home, base, tmp_path / "run"), Tools(drawer("cpu")))
+def test_two_processes_go_through_the_loop_as_one_does(base: Path, home: Path, tmp_path: Path) -> None:
+    def chosen(name: str) -> RlhfOptions:
+        return rlhf_tasks.options(home, base, tmp_path / name, rounds=1, ppo_seeds=[0])
+
+    one = policy_tasks.on_one_process("rlhf", chosen("one"))
+    two = policy_tasks.on_two_processes("rlhf", chosen("two"))
+    for file in ("answers.jsonl", "round-1/samples.jsonl", "round-1/rankings.jsonl", "round-1/answers.jsonl"):
+        # The name of the model that drew is the path of its run.
+        ours, theirs = ([{**record, "model": None} for record in lines(run / file)] for run in (one, two))
+        assert ours == theirs, file
+    assert (two / "report.html").is_file() and (two / "reward-model").is_dir()
+    weights, others = policy_tasks.saved_weights(one), policy_tasks.saved_weights(two)
+    assert all(torch.allclose(weights[name], others[name], atol=2e-4) for name in weights)

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from reward.errors import UnreachableError
 from tests.fakes.models import build_tiny_causal_lm
 from tests.fakes.serving import serving
-from tests.training import ppo_tasks, tasks
+from tests.training import policy_tasks, ppo_tasks, tasks
 from training.decoding import decode, uniforms
 from training.options import OptionsError
 from training.policies import Policy, load_policy
@@ -127,6 +127,20 @@ def test_each_round_is_written_by_the_policy_of_that_round(
     errors = [line["sampler_error"] for line in tasks.read_log(tmp_path / "run")]
     # P5: of the second round it is small only if the server has what was learnt in the first.
     assert len(errors) == 2 and max(errors) < 1e-4
+
+
+def test_a_policy_in_shards_is_put_together_for_the_server(
+    base: Path, engine: tuple[Engine, str], tmp_path: Path
+) -> None:
+    server, url = engine
+    chosen = options(base, tmp_path, url).model_copy(update={"tuning": "full", "sharding": "fsdp2"})
+    run = policy_tasks.on_two_processes("ppo", chosen)
+    assert server.reloads == [f"policy-{iteration:06d}" for iteration in range(3)]
+    assert len(server.asked) == 2 * 8
+    assert max(line["sampler_error"] for line in tasks.read_log(run)) < 1e-4
+    (served,) = (run / "served").iterdir()
+    weights, others = policy_tasks.loaded(served), policy_tasks.saved_weights(run)
+    assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
 def test_p5_a_server_with_other_weights_shows(base: Path, engine: tuple[Engine, str], tmp_path: Path) -> None:
