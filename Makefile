@@ -43,7 +43,7 @@ $(CLIENTS)/done: $(CLIENT_LISTS) tests/clients/node/package-lock.json
 clients: $(CLIENTS)/done ## the third-party clients that the tests run, in .clients; Node.js comes with them
 
 test: install clients ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .

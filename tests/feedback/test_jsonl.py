@@ -107,11 +107,11 @@ def test_records_come_one_by_one(tmp_path: Path) -> None:
 
 
 def truncated_gzip() -> bytes:
-    return gzip.compress(b'{"prompt": "p"}\n' * 100)[:-12]
+    return gzip.compress(b'{"prompt": "p"}\n' * 100, mtime=0)[:-12]
 
 
 def damaged_gzip() -> bytes:
-    packed = bytearray(gzip.compress(bytes(range(256)) * 50))
+    packed = bytearray(gzip.compress(bytes(range(256)) * 50, mtime=0))
     packed[20:40] = b"\xff" * 20
     return bytes(packed)
 

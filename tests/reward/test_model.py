@@ -78,6 +78,7 @@ def changed_config(folder: Path, target: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_are_those_of_transformers_on_one_unpadded_input(family: str, tiny_reward: TinyReward) -> None:
+    """R1: read at the last real token; end tokens within the conversation are none, nor is what stands in padding."""
     folder = tiny_reward(family)
     model = load(folder)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -104,7 +105,7 @@ def test_a_reward_does_not_depend_on_its_neighbours(family: str, tiny_reward: Ti
 def test_a_padding_token_that_is_also_the_end_token_moves_no_score(
     family: str, tiny_reward: TinyReward, tmp_path: Path
 ) -> None:
-    """Texts of the plain template end with EOS; transformers' own head then reads the token before it."""
+    """R2: texts of the plain template end with EOS; transformers' own head then reads the token before it."""
     source = tiny_reward(family)
     tokenizer = AutoTokenizer.from_pretrained(source)
     folder = changed_config(source, tmp_path / "same", pad_token_id=tokenizer.eos_token_id)

@@ -92,6 +92,7 @@ def test_a_tokenizer_with_more_tokens_than_the_base_is_refused(copied: Any) -> N
 
 
 def test_two_labels_are_no_reward(copied: Any) -> None:
+    """R9"""
     folder = copied("llama")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "bad", "1": "good"}}))

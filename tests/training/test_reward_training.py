@@ -20,7 +20,7 @@ from tests.fakes.models import build_tiny_causal_lm
 from tests.training import tasks
 from tests.training.conftest import KINDS, Task, Trained
 from training.models import load_trainable
-from training.options import OptionsError
+from training.options import OptionsError, RewardOptions
 from training.reward_model import train_reward_model
 
 STOCK = ["lora", "lora-encoder", "full", "full-encoder"]
@@ -70,6 +70,8 @@ def test_served_rewards_have_mean_0_and_deviation_1_on_the_references(kind: str,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_says_what_it_is(kind: str, trained: Trained, task: Task) -> None:
+    """R7: held-out accuracy with its interval in it, after one pass unless more are asked for."""
+    assert RewardOptions.model_fields["epochs"].default == 1.0
     folder = trained(kind)
     record = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
     assert record["name"] == kind
