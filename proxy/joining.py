@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+from proxy.errors import RejectedError
 from proxy.keys import CREDENTIAL_HEADERS
 
 _Answer = TypeVar("_Answer")
@@ -63,8 +64,7 @@ class Shared(Generic[_Answer]):
         self._num_waiting = 0
         self._end: asyncio.TimerHandle | None = None
         self.task = asyncio.create_task(work)
-        # Whoever waits gets what it raises. Nobody may be waiting any more.
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task.add_done_callback(self._ended)
 
     async def wait(self, patience_s: float | None = None) -> _Answer:
         """The work's answer, or what it raised.
@@ -106,8 +106,23 @@ class Shared(Generic[_Answer]):
     async def _leave(self, linger_s: float) -> None:
         """One that waited has gone."""
         self._num_waiting -= 1
-        if self._num_waiting == 0 and not (linger_s > 0 and self._joining.lingers(self, linger_s)):
+        if self._num_waiting > 0:
+            return
+        if self._has_failed or linger_s == 0 or not self._joining.lingers(self, linger_s):
             await self.give_up()
+
+    def _ended(self, _: asyncio.Task[_Answer]) -> None:
+        # Whoever waits gets what it raised. A retry that comes later tries anew, rather than fail of what is past.
+        if self._has_failed and self._num_waiting == 0:
+            self._joining.drop(self)
+
+    @property
+    def _has_failed(self) -> bool:
+        """It raised something. A rejection is an answer: its candidates are there, and paid for."""
+        if not self.task.done() or self.task.cancelled():
+            return False
+        error = self.task.exception()
+        return error is not None and not isinstance(error, RejectedError)
 
 
 @dataclass(frozen=True, slots=True)

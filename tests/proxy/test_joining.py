@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from proxy.errors import DeadlineError
+from proxy.errors import DeadlineError, ProxyError, RejectedError
 from proxy.joining import Joining, Linger, StillAtWorkError, comes_again, fingerprint, may_come_again
 
 KEY = b"k"
@@ -194,13 +194,13 @@ async def test_all_hear_of_a_failure_and_none_is_kept() -> None:
     assert len(joining) == 0
 
 
-async def test_a_failure_that_nobody_waited_for_is_no_noise() -> None:
+async def lingering_until(error: ProxyError) -> Joining:
+    """With work that nobody waits for, and that raised `error`."""
     joining, work = Joining(4), Work()
 
     async def fails() -> str:
-        work.started.set()
-        await work.answer.wait()
-        raise DeadlineError("late")
+        await work.run()
+        raise error
 
     shared = joining.begin(KEY, fails(), Linger(1000))
     first = asyncio.create_task(shared.wait())
@@ -208,7 +208,38 @@ async def test_a_failure_that_nobody_waited_for_is_no_noise() -> None:
     await leave(first)
     work.answer.set()
     await asyncio.wait((shared.task,))
+    return joining
+
+
+async def test_a_failure_that_nobody_waited_for_is_no_noise_and_not_kept() -> None:
+    joining = await lingering_until(DeadlineError("late"))
+    assert joining.find(KEY) is None
+    assert len(joining) == 0
     await joining.aclose()
+
+
+async def test_a_rejection_that_nobody_waited_for_is_an_answer() -> None:
+    joining = await lingering_until(RejectedError("all too low"))
+    with pytest.raises(RejectedError):
+        await join(joining)
+    assert len(joining) == 0
+
+
+async def test_what_has_failed_does_not_linger() -> None:
+    joining, work = Joining(4), Work()
+
+    async def fails() -> str:
+        await work.run()
+        raise DeadlineError("late")
+
+    shared = joining.begin(KEY, fails(), Linger(1000))
+    first = asyncio.create_task(shared.wait())
+    await work.started.wait()
+    work.answer.set()
+    # The client leaves in the same turn of the loop in which the work ends.
+    shared.task.add_done_callback(lambda _: first.cancel())
+    await asyncio.gather(first, return_exceptions=True)
+    assert len(joining) == 0
 
 
 def test_who_says_to_come_again() -> None:
