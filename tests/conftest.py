@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from feedback.store import DatabaseStore
-from proxy.app import Parts, create_app
+from proxy.app import Application, Parts, create_app
 from proxy.config import Settings
 from proxy.config_loading import load_settings
 from proxy.upstreams.hosted import HostedUpstream
@@ -36,6 +36,7 @@ class RunningProxy:
     registry: CollectorRegistry
     client: openai.OpenAI
     """With no retries: a test wants to see the first answer."""
+    app: Application
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -73,7 +74,7 @@ def start_proxy() -> Iterator[StartProxy]:
             client = running.enter_context(
                 openai.OpenAI(base_url=f"{url}/v1", api_key="client-key", max_retries=0, timeout=30)
             )
-            return RunningProxy(url, upstream, scorer, registry, client)
+            return RunningProxy(url, upstream, scorer, registry, client, app)
 
         yield start
 

@@ -90,6 +90,8 @@ class _Request:
     retries: RetryBudget
     sharing: Sharing | None
     """None: nobody can join it, nor it anybody."""
+    stand_in: str | None = None
+    """The route that is asked in place of `route`: what is learnt of the answers is learnt of that one."""
 
     @property
     def gateway(self) -> Gateway:
@@ -175,7 +177,7 @@ class _Request:
             self.route, upstream=other.upstream, drawer=other.drawer, model=other.model,
             forward_headers=other.forward_headers,
         )  # fmt: skip
-        return replace(self, ask=ask, route=route)
+        return replace(self, ask=ask, route=route, stand_in=other.name)
 
     def _forwarded(self) -> dict[str, str]:
         return self.gateway.forwarded(self.client_headers, self.route)
@@ -253,7 +255,8 @@ class _Request:
             self.gateway.metrics.spent_by(client.name, tokens, bill.cost)
 
     def _terms(self, scorer: Scorer | None, broadcast: Broadcast | None) -> Terms:
-        route = self.route.settings
+        route, histories = self.route.settings, self.gateway.histories
+        learnt_of = self.stand_in or self.route.name
         judge = Judge(
             scorer,
             rules_for(self.ask.endpoint, self.ask.body),
@@ -268,8 +271,8 @@ class _Request:
             route=route,
             drawer=self.route.drawer,
             judge=judge,
-            history=self.gateway.histories.rewards(self.route.name, scorer.name if scorer is not None else ""),
-            durations=self.gateway.histories.durations(self.route.name),
+            history=histories.rewards(learnt_of, scorer.name if scorer is not None else ""),
+            durations=histories.durations(learnt_of),
             min_reward=_resolve_floor(self.ask.min_reward, scorer),
             started_at=asyncio.get_running_loop().time() - (time.perf_counter() - self.started),
             outlasts_deadline=self._outlasts_deadline,

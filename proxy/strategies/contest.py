@@ -71,7 +71,7 @@ class Contest:
     async def draw(self, count: int) -> None:
         """One round: `count` candidates, drawn and judged. Raises `RewardUnavailableError`."""
         learns = not self.judged
-        verdict = await self._round(self.job, count)
+        verdict = await self._round(self.job, count, self.patience(count))
         # Later rounds are drawn because earlier rewards were low: they would not be a fair sample.
         if learns and self.scored:
             self.terms.history.observe(self._rewards(verdict))
@@ -168,9 +168,8 @@ class Contest:
             outlasts_deadline=self.terms.outlasts_deadline and self.least > self.num_answered,
         )
 
-    async def _round(self, job: Job, count: int) -> Sequence[Judged]:
+    async def _round(self, job: Job, count: int, patience: Patience) -> Sequence[Judged]:
         hearing, first_index, deadline = self.hearing, len(self.judged), self.drawing_deadline
-        patience = self.patience(count)
         draw = await self.terms.drawer.draw(job, count, first_index, deadline, patience, hearing.arrived)
         late = self.terms.outlasts_deadline and self._is_past(self.deadline)
         verdict = await hearing.judge(draw.candidates, None if late else self.deadline)
@@ -179,10 +178,12 @@ class Contest:
 
     async def _fall_back(self, rejected: Selection) -> Selection:
         """The best of the fallback model; of the rejected ones, if the fallback brings nothing."""
-        model = self.terms.route.fallback_model
+        model, count = self.terms.route.fallback_model, self.terms.ask.best_of
         before = len(self.judged)
         job = replace(self.job, model=model, body=dict(self.job.body) | {"model": model})
-        selection = self._select(await self._round(job, self.terms.ask.best_of))
+        # Another model takes another time: the route's says nothing of it, nor it of the route's.
+        patience = replace(self.patience(count), durations=None)
+        selection = self._select(await self._round(job, count, patience))
         if not selection.order:
             return rejected
         return Selection(tuple(before + position for position in selection.order), selection.accepted)

@@ -176,6 +176,12 @@ class TestRejection:
         assert raw.headers["x-winnow-accepted"] == "true"
         assert raw.headers["x-winnow-candidates"] == "s=8;f=0;i=0"
 
+    def test_how_long_the_fallback_model_takes_teaches_the_route_nothing(self, start_proxy: StartProxy) -> None:
+        proxy = start_proxy(route={"fallback_model": "big"}, upstream={"n_mode": "parallel"})
+        ask(proxy, extra_body={"winnow": {"min_reward": 5, "on_reject": "fallback"}})
+        assert len(proxy.upstream.received) == 8
+        assert len(proxy.app.live.gateway.histories.durations("default")) == 4
+
     def test_an_unscored_answer_is_not_rejected(self, proxy: RunningProxy) -> None:
         from reward.errors import ScoringError
 

@@ -76,6 +76,25 @@ def test_if_none_can_the_first_ones_error_is_told(
     assert other.received and third.received
 
 
+@pytest.mark.parametrize("strategy", ["best_of_n", "adaptive", "speculative"])
+def test_answers_teach_the_route_that_gave_them(
+    start_proxy: StartProxy, others: tuple[FakeUpstream, FakeUpstream, dict[str, Any]], strategy: str
+) -> None:
+    _, _, sections = others
+    sections["upstreams"]["other"]["n_mode"] = "parallel"
+    proxy = start_proxy(**sections)
+    proxy.upstream.script = lambda received: error_reply(503)
+    proxy.client.chat.completions.create(
+        model="main", messages=MESSAGES, extra_body={"best_of": 4, "winnow": {"strategy": strategy}}
+    )
+    histories = proxy.app.live.gateway.histories
+    assert len(histories.durations("spare")) > 0
+    assert len(histories.durations("main")) == 0
+    if strategy != "speculative":  # it cancels by rewards: what is left is no fair sample
+        assert len(histories.rewards("spare", proxy.scorer.name).prior().sample) > 0
+    assert len(histories.rewards("main", proxy.scorer.name).prior().sample) == 0
+
+
 @WAYS
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_the_requests_own_faults_stay_where_they_are(
