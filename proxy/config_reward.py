@@ -47,8 +47,9 @@ class RewardSettings(Section):
     max_padding: float | None = Field(default=None, ge=0, le=1)
     """Most of a batch that may be padding, as a share; unset, a tenth on a CPU and any on a GPU."""
     devices: Annotated[tuple[str, ...], NoDecode] = ()
-    """Devices that each get a copy of the model: `[cuda:0, cuda:1]`, or `[all]` for every GPU that the process sees. A
-    batch goes to one that is free. Unset: one copy, on `device`. In the environment: comma-separated."""
+    """Devices that each get a copy of the model: `[cuda:0, cuda:1]`, or `[all]` for every GPU that the process sees;
+    `[all, cpu]` for the CPU besides. A batch goes to one that is free. Unset: one copy, on `device`. In the
+    environment: comma-separated."""
     compile: bool = False
     """Compile the model's layers by `torch.compile` when it is loaded: that takes a minute or so, and needs a C++
     compiler on a CPU, Triton on a GPU."""

@@ -51,12 +51,24 @@ def choose_device(name: str = AUTO) -> torch.device:
 
 
 def each_device(names: Sequence[str]) -> list[str]:
-    """The devices that copies of a model go to; `all` stands for every GPU that this process sees, or `auto`."""
+    """The devices that copies of a model go to; `all` stands for every GPU that this process sees, or `auto`.
+
+    What is named beside `all` gets a copy too, and not two for being among them. Raises `DeviceError`.
+    """
     if ALL not in names:
         return list(names)
     import torch
 
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [AUTO]
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [AUTO]
+    named = [name for name in names if name != ALL]
+    known = {_numbered(name) for name in named}
+    return [name for name in gpus if not known or _numbered(name) not in known] + named
+
+
+def _numbered(name: str) -> str:
+    """One spelling a device: `cuda` and `cuda:0` are the same one."""
+    device = choose_device(name)
+    return f"{device.type}:{device.index or 0}"
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

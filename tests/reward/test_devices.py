@@ -64,6 +64,17 @@ def test_all_stands_for_every_gpu_or_else_for_the_best_there_is(machine: pytest.
     assert each_device(["all"]) == ["cuda:0", "cuda:1"]
 
 
+def test_what_is_named_beside_all_gets_one_copy_too(machine: pytest.MonkeyPatch) -> None:
+    assert each_device(["all", "cpu"]) == ["cpu"], "all is the CPU, where there is nothing else"
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    assert each_device(["all", "cpu"]) == each_device(["cpu", "all"]) == ["cuda:0", "cuda:1", "cpu"]
+    assert each_device(["all", "cuda:1"]) == ["cuda:0", "cuda:1"]
+    assert each_device(["all", "cuda"]) == ["cuda:1", "cuda"]
+    with pytest.raises(DeviceError, match="no 'mps' here"):
+        each_device(["all", "mps"])
+
+
 def test_long_sums_are_exact_where_the_device_can() -> None:
     assert exact_dtype(torch.device("cpu")) == exact_dtype(torch.device("cuda")) == torch.float64
     assert exact_dtype(torch.device("mps")) == torch.float32
