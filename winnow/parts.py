@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _Origin = object
-"""The settings that a part was made from: compared, never looked into."""
+"""What a part was made from, settings and the files that they name: compared, never looked into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ NOTHING = MadeParts({}, {})
 def make_parts(
     settings: Settings, score_metrics: ScoreMetrics, before: MadeParts = NOTHING, *, scores_only: bool = False
 ) -> MadeParts:
-    """The parts that these settings need; those whose settings are the same as `before` are the same objects.
+    """The parts that these settings need; those made from the same as `before` are the same objects.
 
     With `scores_only` those of the scoring service: reward models, and no upstream. Nothing is opened here. Raises
     `CommandError` where a part's own needs are not installed, `ValueError` for a database URL that is none.
@@ -72,7 +72,7 @@ def make_parts(
     for name, reward in {"default": settings.reward, **settings.reward_models}.items():
         if reward.model == "none":
             continue
-        made_from = (reward, settings.device, settings.dtype)
+        made_from = (reward, settings.device, settings.dtype, _on_disk(reward.template), _on_disk(reward.model))
         had = before.scorers.get(name)
         stays = had is not None and had[0] == made_from
         scorers[name] = (
@@ -104,7 +104,22 @@ def _upstreams(settings: Settings, tracing: Tracing | None, before: MadeParts) -
 
 def _upstream_origin(name: str, settings: Settings) -> _Origin:
     hosted = settings.upstream_settings(name)
-    return hosted if hosted.url is not None else (settings.local, settings.device, settings.dtype)
+    if hosted.url is not None:
+        return hosted
+    return settings.local, settings.device, settings.dtype, _on_disk(settings.local.model)
+
+
+def _on_disk(name: str | None) -> _Origin:
+    """What a file or a model's folder is as it lies there, so that one changed in place is another. Empty for the rest.
+
+    Not what an adapter or a head in that folder says of its base.
+    """
+    path = None if name is None else Path(name).expanduser()
+    if path is None or not path.exists():
+        return ()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def _upstream(name: str, settings: Settings, tracing: Tracing | None, turns: threading.Lock) -> Upstream:
