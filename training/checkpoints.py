@@ -1,4 +1,7 @@
-"""Checkpoints that a killed run goes on from, exactly: weights, optimizer, schedule, random state, best so far."""
+"""Checkpoints that a killed run goes on from, exactly.
+
+Weights, optimizer, schedule, the loss scale of fp16, random state, best so far.
+"""
 
 from __future__ import annotations
 
@@ -101,6 +104,7 @@ def save_training(
         "weights": gathered(model.trainable_state()),
         "optimizer": gathered(optimizer.state_dict()),
         "schedule": schedule.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "random": states,
         "best": best,
     }
@@ -130,5 +134,7 @@ def resume_training(
     model.load_trainable_state(state["weights"])
     optimizer.load_state_dict(scattered_optimizer_state(optimizer, state["optimizer"]))
     schedule.load_state_dict(state["schedule"])
+    if accelerator.scaler is not None and state.get("scaler") is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
     restore_random_state(state["random"][accelerator.process_index])
     return step, state["best"]

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
+from tests.training import tasks
 from training import checkpoints
-from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from training.checkpoints import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    resume_training,
+    save_checkpoint,
+    save_training,
+)
+from training.loop import start_accelerator
 from training.runlog import RunLog
 
 
@@ -72,6 +87,59 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     assert state is not None
     restore_random_state(state["random"][0])
     assert (random.gauss(0, 1), random.random(), torch.rand(3).tolist()) == expected
+
+
+class Line(nn.Linear):
+    """A model that is all trained."""
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(state)
+
+
+class Run:
+    """A run of gradient steps in fp16, whose losses are scaled; on a CPU, which has the scaler all the same."""
+
+    def __init__(self, *, scaled: bool = True) -> None:
+        self.model = Line(2, 1)
+        self.optimizer = AdamW(self.model.parameters())
+        self.schedule = LambdaLR(self.optimizer, lambda step: 1.0)
+        self.accelerator: Accelerator = start_accelerator(tasks.options("base", Path("run"), [], device="cpu"))
+        self.scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+        self.accelerator.scaler = self.scaler if scaled else None
+
+    def step(self, factor: float = 1.0) -> None:
+        loss = self.model(torch.ones(1, 2)).sum() * factor
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def save(self, run: Path) -> None:
+        save_training(self.accelerator, self.model, self.optimizer, self.schedule, 5, [], run)
+
+    def resume(self, run: Path) -> None:
+        assert resume_training(self.accelerator, self.model, self.optimizer, self.schedule, run) == (5, [])
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(tmp_path: Path) -> None:
+    unbroken, resumed = Run(), Run()
+    for factor in (1.0, math.inf, 1.0, 1.0):
+        unbroken.step(factor)
+    assert unbroken.scaler.get_scale() == 2.0**15, "halved once, and two steps from growing"
+    unbroken.save(tmp_path)
+    resumed.resume(tmp_path)
+    for run in (unbroken, resumed):
+        run.step()
+    assert resumed.scaler.state_dict() == unbroken.scaler.state_dict()
+    assert resumed.scaler.get_scale() == 2.0**16
+
+
+def test_runs_without_a_loss_scale_resume_too(tmp_path: Path) -> None:
+    Run(scaled=False).save(tmp_path)
+    Run(scaled=False).resume(tmp_path)
 
 
 def test_a_resumed_log_drops_what_will_be_done_again(tmp_path: Path) -> None:
