@@ -227,7 +227,7 @@ def _evaluate(
     is_stale = options.patience is not None and progress.stale >= options.patience
     progress.stopped = is_stale or not is_within
     if is_within and (is_better or options.patience is None):
-        parts.keep_policy(run)
+        parts.keep_policy(run, progress.average)
     if accelerator.is_main_process:
         facts = {f"eval_{name}": value for name, value in asdict(found).items()}
         log.metrics(progress.iteration, {**facts, "eval_reward": reward})
@@ -249,7 +249,7 @@ def _one_line(iteration: int, found: HeldOut) -> str:
 def _publish(parts: PpoParts, progress: Progress, options: PpoOptions, run: Path) -> None:
     """Policy last: where it is, the run is finished. All processes take part."""
     if options.eval_prompts:
-        parts.take_kept_policy(run)
+        parts.take_kept_policy(run, progress.average)
     parts.save_value(run)
     if progress.average is not None and not (run / "policy-ema").exists():
         parts.writer.write(run / "policy-ema", progress.average.weights)

@@ -109,7 +109,8 @@ class PpoOptions(UpdateOptions, StepOptions):
     ptx_max_length: int = Field(default=512, ge=2)
     """Tokens of an example."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
-    """Average the policy's weights, once an iteration, and save them as `policy-ema/`. InstructGPT: 0.992."""
+    """Average the policy's weights, once an iteration, and save them as `policy-ema/`: as they were when
+    the weights of `policy/` were. InstructGPT: 0.992."""
 
     eval_every: int = Field(default=10, ge=1)
     """Iterations between evaluations; there is one before the first, and one at the end."""

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from feedback.jsonl import Skipped, replacing
 from training.actors import Actors
 from training.distributed import gathered, shard
 from training.hydra import Hydra, split
 from training.language_mix import LanguageMix, read_mix
+from training.moving_average import WeightAverage
 from training.options import OptionsError
 from training.policies import Policy, load_policy
 from training.policy_writer import PolicyWriter
@@ -27,6 +29,7 @@ from training.sequences import TokenSequence
 from training.value_models import RewardValues, StateValues, reward_values, state_values, without_dropout
 
 KEPT = "kept.pt"
+KEPT_AVERAGE = "kept-average.pt"
 VALUE = "value.safetensors"
 
 
@@ -40,19 +43,25 @@ class PpoParts:
     writer: PolicyWriter
     mix: LanguageMix | None
 
-    def keep_policy(self, run: Path) -> None:
-        """Remembers the policy's weights as they are: the last that were within `max_kl`. All processes take part."""
-        weights = self.writer.weights()
+    def keep_policy(self, run: Path, average: WeightAverage | None) -> None:
+        """Remembers the policy's weights and their average as they are: the last that were within `max_kl`.
+
+        All processes take part.
+        """
+        kept = {KEPT: self.writer.weights()}
+        if average is not None:
+            kept[KEPT_AVERAGE] = average.weights
         if self.accelerator.is_main_process:
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            with replacing(run / "checkpoints" / KEPT) as partial:
-                torch.save(weights, partial)
+            for name, weights in kept.items():
+                with replacing(run / "checkpoints" / name) as partial:
+                    torch.save(weights, partial)
         self.accelerator.wait_for_everyone()
 
-    def take_kept_policy(self, run: Path) -> None:
+    def take_kept_policy(self, run: Path, average: WeightAverage | None) -> None:
         """Puts them back. All processes take part."""
-        kept = torch.load(run / "checkpoints" / KEPT, map_location="cpu", weights_only=True)
-        self.actors.policy.load_trainable_state(kept)
+        self.actors.policy.load_trainable_state(_kept(run, KEPT))
+        if average is not None:
+            average.weights.update(_kept(run, KEPT_AVERAGE))
 
     def save_value(self, run: Path) -> None:
         """Writes the value model's weights, for whoever wants to go on from here. All processes take part."""
@@ -155,6 +164,10 @@ def weight_files(options: PpoOptions) -> list[str]:
     """What the models are loaded from, where those are folders: a run must not go on with others of the same name."""
     folders = [Path(name).expanduser() for name in (options.base, options.reward.model, options.value_base) if name]
     return sorted({str(file) for folder in folders for file in folder.glob("*.safetensors")})
+
+
+def _kept(run: Path, name: str) -> dict[str, Tensor]:
+    return cast("dict[str, Tensor]", torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True))
 
 
 def _policies(options: PpoOptions) -> tuple[Policy, Hydra | None, Policy | None]:

@@ -238,6 +238,7 @@ def test_a_policy_that_strays_is_stopped_and_the_last_good_one_kept(base: Path, 
         kl_coef=0.0,
         max_kl=0.5,
         eval_every=1,
+        ema_decay=0.0,  # an average over one iteration is that iteration's weights
     )
     train_ppo(chosen)
     kl = metric(tmp_path / "run", "eval_kl")
@@ -246,6 +247,8 @@ def test_a_policy_that_strays_is_stopped_and_the_last_good_one_kept(base: Path, 
     kept = torch.load(tmp_path / "run" / "checkpoints" / "kept.pt", weights_only=True)
     saved = load_file(tmp_path / "run" / "policy" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in kept.items())
+    averaged = load_file(tmp_path / "run" / "policy-ema" / "model.safetensors")
+    assert all(torch.equal(averaged[name], value) for name, value in kept.items())
 
 
 def test_p23_a_score_that_is_no_number_leaves_no_policy(base: Path, prompts: Path, tmp_path: Path) -> None:
