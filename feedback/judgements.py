@@ -33,6 +33,10 @@ class StoredCandidate:
     usage: Mapping[str, Any] | None = None
     failed: bool = False
     """Its upstream call brought nothing: there is no completion to judge."""
+    std: float | None = None
+    """How far the heads of an ensemble disagreed on `reward`."""
+    objectives: Mapping[str, float] | None = None
+    """Of a reward model with several: the reward for each."""
 
 
 @dataclass(frozen=True, slots=True)

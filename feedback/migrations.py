@@ -40,6 +40,8 @@ candidates = sa.Table(
     sa.Column("percentile", sa.Double),
     sa.Column("finish_reason", sa.Text),
     sa.Column("usage", sa.JSON(none_as_null=True)),
+    sa.Column("std", sa.Double),
+    sa.Column("objectives", sa.JSON(none_as_null=True)),
 )
 feedback = sa.Table(
     "feedback",
@@ -67,7 +69,16 @@ def _first_tables(connection: Connection) -> None:
     metadata.create_all(connection, tables=[candidate_sets, candidates, feedback])
 
 
-STEPS = (_first_tables,)
+def _scores_by_heads(connection: Connection) -> None:
+    # A database that begins with this winnow has them from the first step, which makes the tables as they are now.
+    there = {column["name"] for column in sa.inspect(connection).get_columns(candidates.name)}
+    for column in (candidates.c.std, candidates.c.objectives):
+        if column.name not in there:
+            described = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(sa.text(f"ALTER TABLE {candidates.name} ADD COLUMN {described}"))
+
+
+STEPS = (_first_tables, _scores_by_heads)
 """Step i brings version i to version i + 1."""
 
 _LOCK = 0x77696E6E

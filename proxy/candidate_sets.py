@@ -69,6 +69,8 @@ def _stored(one: Judged) -> StoredCandidate:
         finish_reason=candidate.finish_reason,
         usage=candidate.own_usage,
         failed=failed,
+        std=score.std if score is not None else None,
+        objectives=score.objectives if score is not None else None,
     )
 
 

@@ -27,7 +27,8 @@ def test_what_was_written_is_read_back(make_store: MakeStore) -> None:
     store = make_store()
     written = candidate_set()
     failed = replace(written.candidates[2], failed=True, valid=False, reason="The upstream broke off", reward=None)
-    written = replace(written, candidates=[*written.candidates[:2], failed])
+    many = replace(written.candidates[1], std=0.5, objectives={"helpful": 1.5, "ünï": -2.0})
+    written = replace(written, candidates=[written.candidates[0], many, failed])
     store.add_sets([written, candidate_set("winnow-2")])
     assert store.candidate_set("winnow-1") == written
     assert store.candidate_set("winnow-3") is None
@@ -132,6 +133,22 @@ def test_opening_twice_at_once_migrates_once(database_url: str) -> None:
     for store in stores:
         assert store.candidate_set("winnow-1") is not None
         store.close()
+
+
+def test_an_older_database_is_brought_up_to_date(make_store: MakeStore, database_url: str) -> None:
+    make_store().add_sets([candidate_set()])
+    engine = sa.create_engine(database_url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        for column in ("std", "objectives"):
+            connection.execute(sa.text(f"ALTER TABLE candidates DROP COLUMN {column}"))
+        connection.execute(sa.text("UPDATE winnow_schema SET version = 1"))
+    engine.dispose()
+    store = make_store()
+    assert store.candidate_set("winnow-1") == candidate_set()
+    by_head = replace(candidate_set().candidates[0], std=0.5, objectives={"helpful": 1.5})
+    written = replace(candidate_set("winnow-2"), candidates=[by_head])
+    store.add_sets([written])
+    assert make_store().candidate_set("winnow-2") == written
 
 
 def test_a_newer_database_is_refused(make_store: MakeStore, database_url: str) -> None:

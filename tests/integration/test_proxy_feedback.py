@@ -61,6 +61,17 @@ def judged(store: DatabaseStore) -> list[tuple[CandidateSet, list[StoredJudgemen
     return [(one, list(said)) for one, said in store.judged_sets()]
 
 
+def test_what_each_head_said_is_kept(keeping: RunningProxy, store: DatabaseStore) -> None:
+    keeping.scorer.std, keeping.scorer.objectives = 0.25, {"helpful": 1.5, "harmless": -0.5}
+    assert say(keeping, serve(keeping), rating=1).status_code == 200
+    ((candidate_set, _),) = judged(store)
+    valid = [one for one in candidate_set.candidates if one.valid]
+    assert {one.std for one in valid} == {0.25}
+    assert all(one.objectives == {"helpful": 1.5, "harmless": -0.5} for one in valid)
+    (unscored,) = (one for one in candidate_set.candidates if not one.valid)
+    assert (unscored.std, unscored.objectives) == (None, None)
+
+
 def test_from_an_answer_to_what_training_reads(keeping: RunningProxy, store: DatabaseStore, tmp_path: Path) -> None:
     completion_id = serve(keeping)
     answer = say(keeping, completion_id, ranking=[[3], [0, 1]], annotator="anna", labels={"helpful": True})
