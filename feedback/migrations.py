@@ -8,6 +8,17 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+
+class Words(sa.types.TypeDecorator[str]):
+    """Text from clients, upstreams and models. PostgreSQL takes no NUL: one would cost all that is written with it."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd")
+
+
 metadata = sa.MetaData()
 
 versions = sa.Table("winnow_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
@@ -16,11 +27,11 @@ candidate_sets = sa.Table(
     metadata,
     sa.Column("completion_id", sa.String(128), primary_key=True),
     sa.Column("created", sa.Double, nullable=False, index=True),
-    sa.Column("route", sa.Text, nullable=False),
-    sa.Column("endpoint", sa.Text, nullable=False),
-    sa.Column("model", sa.Text),
-    sa.Column("reward_model", sa.Text),
-    sa.Column("strategy", sa.Text, nullable=False),
+    sa.Column("route", Words, nullable=False),
+    sa.Column("endpoint", Words, nullable=False),
+    sa.Column("model", Words),
+    sa.Column("reward_model", Words),
+    sa.Column("strategy", Words, nullable=False),
     sa.Column("prompt", sa.JSON, nullable=False),
     sa.Column("winner", sa.Integer, nullable=False),
     sa.Column("accepted", sa.Boolean, nullable=False),
@@ -34,11 +45,11 @@ candidates = sa.Table(
     sa.Column("message", sa.JSON, nullable=False),
     sa.Column("valid", sa.Boolean, nullable=False),
     sa.Column("failed", sa.Boolean, nullable=False),
-    sa.Column("reason", sa.Text),
+    sa.Column("reason", Words),
     sa.Column("reward", sa.Double),
     sa.Column("raw_reward", sa.Double),
     sa.Column("percentile", sa.Double),
-    sa.Column("finish_reason", sa.Text),
+    sa.Column("finish_reason", Words),
     sa.Column("usage", sa.JSON(none_as_null=True)),
     sa.Column("std", sa.Double),
     sa.Column("objectives", sa.JSON(none_as_null=True)),
@@ -55,13 +66,13 @@ feedback = sa.Table(
     ),
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("fingerprint", sa.String(64), nullable=False, unique=True),
-    sa.Column("annotator", sa.Text),
+    sa.Column("annotator", Words),
     sa.Column("rating", sa.Integer),
     sa.Column("preferred", sa.Integer),
     sa.Column("ranking", sa.JSON(none_as_null=True)),
-    sa.Column("correction", sa.Text),
+    sa.Column("correction", Words),
     sa.Column("labels", sa.JSON(none_as_null=True)),
-    sa.Column("comment", sa.Text),
+    sa.Column("comment", Words),
 )
 
 

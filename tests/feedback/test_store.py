@@ -52,6 +52,20 @@ def test_a_batch_is_written_whole_or_not_at_all(make_store: MakeStore) -> None:
     assert store.candidate_set("winnow-1") is None
 
 
+def test_a_nul_costs_a_batch_nothing(make_store: MakeStore) -> None:
+    """Upstreams and models may send one; PostgreSQL refuses it in text, SQLite's tools end there."""
+    store = make_store()
+    broken = replace(candidate_set().candidates[0], valid=False, reason="a\0b", finish_reason="\0")
+    said = replace(candidate_set().candidates[1], message={"role": "assistant", "content": "a\0b"})
+    store.add_sets([replace(candidate_set(), candidates=[broken, said], model="m\0"), candidate_set("winnow-2")])
+    store.add_judgement(Judgement("winnow-1", comment="\0"))
+    ((found, (judgement,)),) = store.judged_sets()
+    assert found.model == "m\ufffd" and judgement.judgement.comment == "\ufffd"
+    assert (found.candidates[0].reason, found.candidates[0].finish_reason) == ("a\ufffdb", "\ufffd")
+    assert found.candidates[1].message["content"] == "a\0b", "JSON holds it"
+    assert store.candidate_set("winnow-2") is not None
+
+
 def test_judgements_are_kept_in_order_and_repeats_are_known(make_store: MakeStore) -> None:
     store = make_store()
     store.add_sets([candidate_set()])
