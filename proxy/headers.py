@@ -25,7 +25,7 @@ UPSTREAM_REQUEST_ID = "x-winnow-upstream-request-id"
 
 def request_headers(scope: Scope) -> dict[str, str]:
     """Lower-case names; of a repeated header the last."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    return {name.decode("latin-1"): _text(value) for name, value in scope["headers"]}
 
 
 def to_upstream(
@@ -81,4 +81,13 @@ def of_winner(winner: Mapping[str, str], others: Sequence[Mapping[str, str]]) ->
 
 
 def raw(headers: Mapping[str, str]) -> Headers:
-    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+    """Bytes that an upstream sent, and aiohttp read, become what they were."""
+    return [(name.encode("latin-1"), value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
+
+
+def _text(value: bytes) -> str:
+    # aiohttp writes headers in UTF-8: read so, words of any language go out as they came.
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

@@ -305,7 +305,9 @@ async def _other(received: Received, send: Any) -> None:
 
 async def _send(send: Any, status: int, body: bytes, headers: Mapping[str, str]) -> None:
     named = {"content-type": "application/json", "content-length": str(len(body)), "x-request-id": "up-plain"}
-    head = [(name.encode(), value.encode()) for name, value in (named | dict(headers)).items()]
+    head = [
+        (name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in (named | dict(headers)).items()
+    ]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
 

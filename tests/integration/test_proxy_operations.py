@@ -89,6 +89,21 @@ def raw_status(proxy: RunningProxy, request: str) -> int:
 
 
 def upstream_url(proxy: RunningProxy) -> str:
+    def test_headers_in_any_language_go_through(self, start_proxy: StartProxy) -> None:
+        """The bytes that came go out, as UTF-8 or, the old way, as Latin-1."""
+        proxy = start_proxy(upstream={"forward_headers": ["x-title"]}, route={"best_of": 1})
+        utf8, latin1 = "attachment; filename=Ü文.txt".encode(), "Zürich".encode("latin-1")
+        given = {"content-disposition": utf8.decode(), "openai-region": latin1.decode("utf-8", "surrogateescape")}
+        proxy.upstream.script = lambda received: Reply(headers=given)
+        answer = httpx2.post(
+            f"{proxy.url}/v1/chat/completions",
+            json={"model": "m", "messages": MESSAGES},
+            headers={"x-title": "Übersetzer 文".encode()},
+        )
+        assert proxy.upstream.received[0].headers["x-title"] == "Übersetzer 文"
+        sent = dict(answer.headers.raw)
+        assert {sent[b"content-disposition"], sent[b"openai-region"]} == {utf8, latin1}
+
     return f"http://{proxy.upstream.received[0].headers['host']}/v1"
 
 
@@ -121,6 +136,11 @@ class TestKeys:
 
 class TestScore:
     def score(self, proxy: RunningProxy, **body: Any) -> httpx2.Response:
+    def test_a_key_in_any_language_opens(self, start_proxy: StartProxy) -> None:
+        proxy = start_proxy(server={"api_keys": ["schlüssel-文"]})
+        headers = {"authorization": "Bearer schlüssel-文".encode()}
+        assert httpx2.get(f"{proxy.url}/v1/models", headers=headers).status_code == 200
+
         return httpx2.post(f"{proxy.url}/v1/score", json=body)
 
     def test_texts_and_messages(self, proxy: RunningProxy) -> None:
