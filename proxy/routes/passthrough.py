@@ -51,7 +51,8 @@ async def passthrough(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _relay(route: Route, call: UpstreamCall, headers: Mapping[str, str], send: Send) -> None:
     # A body that is streamed through cannot be sent twice, and what changes something must not be.
-    max_retries = route.settings.max_retries if call.method in ("GET", "HEAD") else 0
+    may_repeat = call.method in ("GET", "HEAD") and call.body is None
+    max_retries = route.settings.max_retries if may_repeat else 0
     answer = await Relay(route.upstream, RetryBudget.of(max_retries, headers), "anything").answer(call)
     await answer.send(send, {})
 

@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from reward.errors import InputError, QueueFullError, ScoringError
 from tests.conftest import RunningProxy, StartProxy
-from tests.fakes.upstream import Reply, error_reply
+from tests.fakes.serving import serving
+from tests.fakes.upstream import FakeUpstream, Reply, error_reply
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
 
@@ -55,6 +56,25 @@ class TestPassThrough:
         file = proxy.client.files.with_raw_response.create(file=b"x" * 300_000, purpose="batch")
         assert b"x" * 300_000 in file.content
 
+    @pytest.mark.parametrize(("content", "calls"), [(b"", 3), (b"body", 1)])
+    def test_only_what_has_no_body_is_tried_again(self, start_proxy: StartProxy, content: bytes, calls: int) -> None:
+        """A body that was streamed through is gone: a second attempt would come without it."""
+        fake, bodies = FakeUpstream(), list[bytes]()
+
+        async def busy(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "lifespan":
+                await fake(scope, receive, send)
+                return
+            bodies.append((await receive()).get("body", b""))
+            await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+
+        with serving(busy) as url:
+            upstream = {"url": f"{url}/v1", "retry_backoff_s": 0.001}
+            proxy = start_proxy(upstream=upstream, route={"max_retries": 2})
+            assert httpx2.request("GET", f"{proxy.url}/v1/things", content=content).status_code == 503
+        assert bodies == [content] * calls
+
     def test_headers_are_forwarded_by_allow_list(self, proxy: RunningProxy) -> None:
         headers = {
             "openai-organization": "o",
@@ -68,6 +88,21 @@ class TestPassThrough:
         assert not {"x-forwarded-for", "x-secret", "x-stainless-lang"} & set(seen)
         assert seen["accept-encoding"] == "identity"
         assert seen["authorization"] == "Bearer client-key"
+
+    def test_headers_in_any_language_go_through(self, start_proxy: StartProxy) -> None:
+        """The bytes that came go out, as UTF-8 or, the old way, as Latin-1."""
+        proxy = start_proxy(upstream={"forward_headers": ["x-title"]}, route={"best_of": 1})
+        utf8, latin1 = "attachment; filename=Ü文.txt".encode(), "Zürich".encode("latin-1")
+        given = {"content-disposition": utf8.decode(), "openai-region": latin1.decode("utf-8", "surrogateescape")}
+        proxy.upstream.script = lambda received: Reply(headers=given)
+        answer = httpx2.post(
+            f"{proxy.url}/v1/chat/completions",
+            json={"model": "m", "messages": MESSAGES},
+            headers={"x-title": "Übersetzer 文".encode()},
+        )
+        assert proxy.upstream.received[0].headers["x-title"] == "Übersetzer 文"
+        sent = dict(answer.headers.raw)
+        assert {sent[b"content-disposition"], sent[b"openai-region"]} == {utf8, latin1}
 
     @pytest.mark.parametrize("path", ["/v1/%2e%2e/admin", "/v1/x/../../admin", "/v1/a%2F..%2F../admin"])
     def test_no_path_leads_out_of_the_base_url(self, proxy: RunningProxy, path: str) -> None:
@@ -89,21 +124,6 @@ def raw_status(proxy: RunningProxy, request: str) -> int:
 
 
 def upstream_url(proxy: RunningProxy) -> str:
-    def test_headers_in_any_language_go_through(self, start_proxy: StartProxy) -> None:
-        """The bytes that came go out, as UTF-8 or, the old way, as Latin-1."""
-        proxy = start_proxy(upstream={"forward_headers": ["x-title"]}, route={"best_of": 1})
-        utf8, latin1 = "attachment; filename=Ü文.txt".encode(), "Zürich".encode("latin-1")
-        given = {"content-disposition": utf8.decode(), "openai-region": latin1.decode("utf-8", "surrogateescape")}
-        proxy.upstream.script = lambda received: Reply(headers=given)
-        answer = httpx2.post(
-            f"{proxy.url}/v1/chat/completions",
-            json={"model": "m", "messages": MESSAGES},
-            headers={"x-title": "Übersetzer 文".encode()},
-        )
-        assert proxy.upstream.received[0].headers["x-title"] == "Übersetzer 文"
-        sent = dict(answer.headers.raw)
-        assert {sent[b"content-disposition"], sent[b"openai-region"]} == {utf8, latin1}
-
     return f"http://{proxy.upstream.received[0].headers['host']}/v1"
 
 
@@ -115,6 +135,11 @@ class TestKeys:
         proxy.client.models.list()
         for seen in (proxy.upstream.received[0], proxy.upstream.others[0]):
             assert seen.headers["authorization"] == "Bearer upstream-secret"
+
+    def test_a_key_in_any_language_opens(self, start_proxy: StartProxy) -> None:
+        proxy = start_proxy(server={"api_keys": ["schlüssel-文"]})
+        headers = {"authorization": "Bearer schlüssel-文".encode()}
+        assert httpx2.get(f"{proxy.url}/v1/models", headers=headers).status_code == 200
 
     def test_without_an_upstream_key_it_does_not_travel_on(self, start_proxy: StartProxy) -> None:
         proxy = start_proxy(server={"api_keys": ["client-key"]})
@@ -136,11 +161,6 @@ class TestKeys:
 
 class TestScore:
     def score(self, proxy: RunningProxy, **body: Any) -> httpx2.Response:
-    def test_a_key_in_any_language_opens(self, start_proxy: StartProxy) -> None:
-        proxy = start_proxy(server={"api_keys": ["schlüssel-文"]})
-        headers = {"authorization": "Bearer schlüssel-文".encode()}
-        assert httpx2.get(f"{proxy.url}/v1/models", headers=headers).status_code == 200
-
         return httpx2.post(f"{proxy.url}/v1/score", json=body)
 
     def test_texts_and_messages(self, proxy: RunningProxy) -> None:
