@@ -81,7 +81,8 @@ def _fold_choice(whole: Json, part: Mapping[str, Any]) -> None:
         elif key == "text":
             whole["text"] = whole.get("text", "") + (value or "")
         elif key == "logprobs" and isinstance(value, dict):
-            whole[key] = _joined_logprobs(whole.get(key) or {}, value)
+            before = whole.get(key)
+            whole[key] = _joined_logprobs(before if isinstance(before, dict) else {}, value)
         elif value is not None or key not in whole:
             whole[key] = value
 
@@ -116,7 +117,7 @@ def _fold(whole: Json, delta: Mapping[str, Any]) -> None:
 
 def _fold_items(items: list[Json], parts: list[Json]) -> list[Json]:
     for part in parts:
-        item = next((item for item in items if item.get("index") == part["index"]), None)
+        item = next((one for one in items if isinstance(one, dict) and one.get("index") == part["index"]), None)
         if item is None:
             item = {"index": part["index"]}
             items.append(item)

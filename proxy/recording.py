@@ -10,6 +10,7 @@ import orjson
 
 from proxy.candidates import Call, CallFailure, Candidate, Endpoint
 from proxy.chat_chunks import ChoiceFold, chunks_of
+from proxy.choices import are_well_formed, is_well_formed, misshapen
 from proxy.headers import from_upstream
 from proxy.responses_events import ResponseFold, events_of
 from proxy.responses_output import choice_of, failure_of, usage_in_chat_names
@@ -51,14 +52,19 @@ def parse_answer(body: bytes, upstream: str, endpoint: Endpoint = "chat") -> Ans
         return answer
     if endpoint == "responses":
         # Here `error` is a member of every answer, null or not.
-        failure = failure_of(answer, upstream)
-        usage = usage_of(answer)
-        return failure or Answer(answer, [choice_of(answer)], usage and usage_in_chat_names(usage))
+        if (failure := failure_of(answer, upstream)) is not None:
+            return failure
+        usage, choice = usage_of(answer), choice_of(answer)
+        if not is_well_formed(choice):
+            return misshapen(upstream)
+        return Answer(answer, [choice], usage and usage_in_chat_names(usage))
     if (failure := _error_inside(answer, body, upstream)) is not None:
         return failure
     choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list) or not choices:
         return CallFailure("malformed", f"The upstream {upstream} answered without choices")
+    if not are_well_formed(choices):
+        return misshapen(upstream)
     frame = {field: value for field, value in answer.items() if field not in ("choices", "usage")}
     return Answer(frame, choices, usage_of(answer))
 
@@ -203,6 +209,10 @@ class StreamRecorder:
             self._failure = CallFailure(
                 "error", f"The upstream {self._upstream} broke off: {detail}", body=in_shape(payload) or b""
             )
+            return
+        choices = event.get("choices")
+        if choices is not None and not are_well_formed(choices):
+            self._failure = misshapen(self._upstream)
             return
         self._payloads.append(payload)
         self._fold.take(event)

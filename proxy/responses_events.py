@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from proxy.candidates import CallFailure
+from proxy.choices import is_well_formed, misshapen
 from proxy.responses_output import choice_of, failure_of, usage_in_chat_names
 from proxy.sse import named_event
 
@@ -52,6 +53,7 @@ class ResponseFold:
         self.answer = response
         if self.failure is None:
             self.choice = choice_of(response)
+            self.failure = None if is_well_formed(self.choice) else misshapen(self._upstream)
 
 
 def _enveloped(event: Mapping[str, Any], message: str) -> bytes:

@@ -99,6 +99,47 @@ def test_malformed_answers_are_failures(proxy: RunningProxy) -> None:
         assert caught.value.status_code == 502
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"text": ["bad"]},
+        {"delta": "bad"},
+        {"message": {"content": "bad", "tool_calls": 5}, "delta": {"content": "bad", "tool_calls": 5}},
+        {"message": {"tool_calls": [["f"]]}, "delta": {"tool_calls": [["f"]]}},
+        {
+            "message": {"tool_calls": [{"function": {"name": []}}]},
+            "delta": {"tool_calls": [{"function": {"name": []}}]},
+        },
+        5,
+    ],
+)
+def test_a_choice_in_no_form_we_know_costs_one_candidate(proxy: RunningProxy, choice: object, stream: bool) -> None:
+    body = json.dumps({"id": "x", "choices": [choice]})
+    whole, streamed = (
+        Reply(raw=body.encode()),
+        Reply(raw=f"data: {body}\n\ndata: [DONE]\n\n".encode(), headers={"content-type": "text/event-stream"}),
+    )
+    proxy.upstream.script = lambda received: Reply() if received.number else streamed if stream else whole
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    raw = ask(proxy, seed=1, stream=stream, tools=tools)
+    assert raw.headers["x-winnow-candidates"] == "s=3;f=1;i=0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_in_no_form_we_know_costs_one_candidate(proxy: RunningProxy, stream: bool) -> None:
+    call = {"type": "function_call", "name": ["f"], "arguments": "{}", "call_id": "c", "id": "i"}
+    proxy.upstream.script = lambda received: Reply(response={} if received.number else {"output": [call]})
+    raw: Any = proxy.client.responses.with_raw_response.create(
+        model="m",
+        input="Hi",
+        stream=stream,
+        tools=[{"type": "function", "name": "f", "parameters": {}, "strict": False}],
+        extra_body={"best_of": 3},
+    )
+    assert raw.headers["x-winnow-candidates"] == "s=2;f=1;i=0"
+
+
 def test_unreachable_upstream(start_proxy: StartProxy) -> None:
     proxy = start_proxy(upstream={"url": "http://127.0.0.1:9/v1"})
     for best_of in (1, 2):
