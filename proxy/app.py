@@ -144,6 +144,7 @@ def build_gateway(
         keys=keys,
         page_guard=_page_guard(settings, keys),
         joining=before.joining if before is not None else Joining(settings.server.max_lingering),
+        forward_headers=_forward_headers(settings),
         prices=_prices(settings),
         recorder=_recorder(settings, parts.store, before, metrics),
         histories=before.histories if before is not None else Histories(),
@@ -187,6 +188,11 @@ def _recorder(
         second_look_s=_SECOND_LOOK_S if settings.server.workers > 1 else 0.0,
     )
     return Recorder(store, redactor, limits, metrics)
+
+
+def _forward_headers(settings: Settings) -> frozenset[str]:
+    upstreams = map(settings.upstream_settings, settings.used_upstreams)
+    return frozenset(name.lower() for upstream in upstreams for name in upstream.forward_headers)
 
 
 def _prices(settings: Settings) -> dict[str, Price]:

@@ -36,6 +36,8 @@ class Gateway:
     keys: KeyRing
     page_guard: PageGuard | None
     joining: Joining
+    forward_headers: frozenset[str]
+    """Request headers, in lower case, that one upstream or another gets besides the usual ones."""
     prices: Mapping[str, Price]
     """By the names that upstreams are asked for."""
     recorder: Recorder | None

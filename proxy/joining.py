@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -36,11 +36,15 @@ def comes_again(headers: Mapping[str, str]) -> bool:
     return headers.get(_RETRY_COUNT, "0") != "0" or _IDEMPOTENCY_KEY in headers
 
 
-def fingerprint(path: str, query: str, headers: Mapping[str, str], body: bytes) -> bytes:
-    """The same for two requests only if whoever may read the answer to one may read that to the other."""
+def fingerprint(path: str, query: str, headers: Mapping[str, str], body: bytes, also: Iterable[str] = ()) -> bytes:
+    """The same for two requests only if whoever may read the answer to one may read that to the other.
+
+    `also`: names, in lower case, of more headers that go upstream: they may say there whose request it is.
+    """
     digest = hashlib.sha256(body)
+    decisive = _PART_OF_THE_REQUEST.union(also)
     for name in sorted(headers):
-        if name in _PART_OF_THE_REQUEST or name.startswith(_OURS):
+        if name in decisive or name.startswith(_OURS):
             digest.update(f"\0{name}\0{headers[name]}".encode("utf-8", "surrogateescape"))
     digest.update(f"\0{path}\0{query}".encode("utf-8", "surrogateescape"))
     return digest.digest()
@@ -158,11 +162,13 @@ class Joining:
     def __len__(self) -> int:
         return len(self._shared)
 
-    def sharing(self, path: str, query: str, headers: Mapping[str, str], body: bytes) -> Sharing | None:
-        """One request's part in this; None where its client could not say that it comes again."""
+    def sharing(
+        self, path: str, query: str, headers: Mapping[str, str], body: bytes, also: Iterable[str] = ()
+    ) -> Sharing | None:
+        """One request's part in this; None where its client could not say that it comes again. As `fingerprint`."""
         if not may_come_again(headers):
             return None
-        key = fingerprint(path, query, headers, body)
+        key = fingerprint(path, query, headers, body, also)
         return Sharing(self, key, self.find(key) if comes_again(headers) else None)
 
     def find(self, key: bytes) -> Shared[Any] | None:

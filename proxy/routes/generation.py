@@ -64,7 +64,8 @@ class GenerationEndpoint:
             exchange.facts.route = route.name
             ask = parse_ask(self.endpoint, raw_body, body, headers, route.settings, model)
             query = scope.get("query_string", b"").decode("latin-1")
-            sharing = None if ask.stream else gateway.joining.sharing(scope["path"], query, headers, raw_body)
+            path, forwarded = scope["path"], gateway.forward_headers
+            sharing = None if ask.stream else gateway.joining.sharing(path, query, headers, raw_body, forwarded)
             if sharing is None or not sharing.joins:
                 exchange.client.quota.admit_candidates(ask.best_of * max(1, len(ask.parts)))
             facts = exchange.facts

@@ -20,13 +20,16 @@ WAYS = pytest.mark.parametrize(("best_of", "calls"), [(1, 1), (4, 4)])
 class Asking(threading.Thread):
     """One request with the official client's own header, on a connection of its own."""
 
-    def __init__(self, proxy: RunningProxy, best_of: int, retry_count: int, key: str = "k", **body: Any) -> None:
+    def __init__(
+        self, proxy: RunningProxy, best_of: int, retry_count: int, key: str = "k", tenant: str = "t", **body: Any
+    ) -> None:
         super().__init__(daemon=True)
         raw = json.dumps(BODY | {"best_of": best_of} | body).encode()
         headers = {
             "content-type": "application/json",
             "authorization": f"Bearer {key}",
             "x-stainless-retry-count": str(retry_count),
+            "x-tenant": tenant,
         }
         self._request = urllib.request.Request(f"{proxy.url}/v1/chat/completions", raw, headers)
         self.body: dict[str, Any] = {}
@@ -89,6 +92,17 @@ def test_no_one_else_does(proxy: RunningProxy) -> None:
     for one in asking:
         one.answer()
         assert "x-winnow-joined" not in one.headers
+
+
+def test_no_one_whom_the_upstream_knows_by_another_header_does(start_proxy: StartProxy) -> None:
+    proxy = start_proxy(upstream={"forward_headers": ["X-Tenant"]})
+    proxy.upstream.script = lambda received: Reply(texts=(received.headers["x-tenant"],), hold=True)
+    first = Asking(proxy, 1, 0, tenant="a")
+    proxy.upstream.wait_for(received(1))
+    second = Asking(proxy, 1, 1, tenant="b")
+    proxy.upstream.wait_for(received(2))
+    proxy.upstream.release()
+    assert [one.answer()["choices"][0]["message"]["content"] for one in (first, second)] == ["a", "b"]
 
 
 @WAYS

@@ -268,3 +268,9 @@ def test_a_fingerprint_is_the_bodys_the_paths_and_the_callers() -> None:
         of(authorization="Bearer a", openai_project="p"),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+def test_headers_that_go_upstream_are_part_of_a_fingerprint() -> None:
+    mine, yours = {"x-tenant": "a", "user-agent": "x"}, {"x-tenant": "b", "user-agent": "x"}
+    assert fingerprint("/p", "", mine, b"") == fingerprint("/p", "", yours, b"")
+    assert fingerprint("/p", "", mine, b"", {"x-tenant"}) != fingerprint("/p", "", yours, b"", {"x-tenant"})
