@@ -145,7 +145,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         fields = "".join(f" {name}={_value(value)}" for name, value in _fields_of(record).items())
-        line = f"{time} {record.levelname:<7} {record.getMessage()}{fields}"
+        line = f"{time} {record.levelname:<7} {_on_one_line(record.getMessage())}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -154,10 +154,16 @@ def _fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
+def _on_one_line(message: str) -> str:
+    """Messages may quote a service, and that one a client, whose line breaks must not look like ours."""
+    if message.isprintable():
+        return message
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)
+
+
 def _value(value: object) -> str:
     if not isinstance(value, str):
         return str(value)
-    # A client's line break must not look like a line of ours.
     return value if value.isprintable() and " " not in value and '"' not in value else _dumped(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 
-from proxy.logs import GatheringHandler
+from proxy.logs import GatheringHandler, TextFormatter
 
 
 def record(message: str, level: int = logging.INFO) -> logging.LogRecord:
@@ -55,3 +55,8 @@ def test_outside_the_event_loop_nothing_waits() -> None:
     handler.handle(record("one"))
     assert stream.getvalue() == "one\n"
     handler.close()
+
+
+def test_a_message_that_quotes_a_line_break_stays_one_line() -> None:
+    (line,) = TextFormatter().format(record("it said: x\n2026-01-01T00:00:00Z INFO    request\x1b[2J ü")).splitlines()
+    assert line.endswith(r"it said: x\n2026-01-01T00:00:00Z INFO    request\x1b[2J ü")
