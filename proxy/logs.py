@@ -118,9 +118,17 @@ class GatheringHandler(logging.StreamHandler[IO[str]]):
 
     def _write(self, records: list[logging.LogRecord]) -> None:
         try:
-            self.stream.write("".join(f"{self.format(record)}\n" for record in records))
+            self.stream.write("".join(map(self._line, records)))
         except Exception:
             self.handleError(records[-1])
+
+    def _line(self, record: logging.LogRecord) -> str:
+        """Empty for a record that cannot be formatted: it must not cost the others."""
+        try:
+            return f"{self.format(record)}\n"
+        except Exception:
+            self.handleError(record)
+            return ""
 
 
 class JsonFormatter(logging.Formatter):

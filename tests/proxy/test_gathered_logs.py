@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 
+import pytest
+
 from proxy.logs import GatheringHandler, TextFormatter
 
 
@@ -38,6 +40,18 @@ async def test_a_flood_is_written_before_it_fills_the_memory() -> None:
     for number in range(1500):
         handler.handle(record(str(number)))
     assert stream.getvalue().count("\n") == 1000
+    handler.close()
+
+
+async def test_a_record_that_cannot_be_formatted_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # else Python prints what was wrong with it
+    stream = io.StringIO()
+    handler = GatheringHandler(stream)
+    broken = logging.LogRecord("elsewhere", logging.WARNING, __file__, 0, "%d", ("x",), None)
+    handler.handle(record("one"))
+    handler.handle(broken)
+    handler.handle(record("two", logging.WARNING))
+    assert stream.getvalue() == "one\ntwo\n"
     handler.close()
 
 
