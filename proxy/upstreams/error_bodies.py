@@ -40,9 +40,16 @@ def in_shape(body: bytes) -> bytes | None:
     return orjson.dumps(around | {"error": shaped})
 
 
-def redacted(body: bytes, key: bytes | None) -> bytes:
-    """Without the key, which some servers quote."""
-    return body.replace(key, _REDACTED) if key and key in body else body
+def redacted(piece: bytes, key: bytes) -> tuple[bytes, bytes]:
+    """Without the key, which some servers quote; and what at the end may be its beginning, kept for the next piece."""
+    if key in piece:
+        piece = piece.replace(key, _REDACTED)
+    start = piece.find(key[:1], max(0, len(piece) - len(key) + 1))
+    while start >= 0:
+        if key.startswith(piece[start:]):
+            return piece[:start], piece[start:]
+        start = piece.find(key[:1], start + 1)
+    return piece, b""
 
 
 def _loose(parsed: dict[str, Any], error: object) -> dict[str, Any] | None:

@@ -149,6 +149,8 @@ class _HostedResponse:
         self._patience = patience
         self._max_bytes = max_bytes
         self._size = 0
+        self._held = b""
+        """The end of what came, where it may be the beginning of our key."""
 
     @property
     def status(self) -> int:
@@ -172,19 +174,28 @@ class _HostedResponse:
         """The next piece of the body; an empty one is its end."""
         content = self._response.content
         if content.at_eof() and content.exception() is None:
-            return b""
+            return self._rest()
         with self._patience.wait("next byte", self._patience.settings.idle_timeout_s) as until:
             # Most often it is there: a timer would cost more than the reading.
             piece = content.read_nowait()
             if not piece:
                 async with asyncio.timeout_at(until):
                     piece = await content.readany()
+        if not piece:
+            return self._rest()
         self._size += len(piece)
         if self._max_bytes is not None and self._size > self._max_bytes:
             upstream = self._patience.upstream
             raise UpstreamError("too_large", f"The upstream {upstream} sent over {self._max_bytes} bytes")
+        if self._key is None:
+            return piece
         # Some servers quote the key they were sent in an error inside an answer, or inside a stream.
-        return redacted(piece, self._key)
+        told, self._held = redacted(self._held + piece, self._key)
+        return told or await self._next()
+
+    def _rest(self) -> bytes:
+        rest, self._held = self._held, b""
+        return rest
 
     async def beginning(self, max_bytes: int) -> bytes:
         """What comes of the body, up to that size. Never raises `UpstreamError`: the status is known already."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.upstreams.error_bodies import in_shape, redacted
 
@@ -46,6 +48,16 @@ def test_what_tells_no_error_stays(body: bytes) -> None:
 
 
 def test_keys_are_taken_out() -> None:
-    assert redacted(b"bad key sk-1 (sk-1)", b"sk-1") == b"bad key [redacted] ([redacted])"
-    assert redacted(b"fine", b"sk-1") == b"fine"
-    assert redacted(b"fine", None) == b"fine"
+    assert redacted(b"bad key sk-1 (sk-1)", b"sk-1") == (b"bad key [redacted] ([redacted])", b"")
+    assert redacted(b"fine", b"sk-1") == (b"fine", b"")
+
+
+@given(st.lists(st.sampled_from([b"s", b"sk", b"sk-", b"sk-s", b"-sk-1", b"k-1", b"1", b"", b"sk-sk-1"])))
+def test_keys_are_taken_out_wherever_pieces_part(pieces: list[bytes]) -> None:
+    told, held = b"", b""
+    for piece in pieces:
+        more, held = redacted(held + piece, b"sk-sk-1")
+        told += more
+        assert b"sk-sk-1" not in told
+        assert len(held) < len(b"sk-sk-1")
+    assert told + held == b"".join(pieces).replace(b"sk-sk-1", b"[redacted]")

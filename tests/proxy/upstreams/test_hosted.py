@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import resource
 import zlib
@@ -121,6 +122,34 @@ async def test_of_an_errors_body_only_so_much_is_read(size: int) -> None:
         assert response.status == 503
         assert len(body) == min(size, MIB) == int(response.headers["Content-Length"])
         await response.aclose()
+        await hosted.aclose()
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_a_key_that_comes_in_pieces_is_taken_out(status: int) -> None:
+    gone_on = asyncio.Event()
+
+    async def in_pieces(wire: Wire, asked: Asked) -> None:
+        await wire.head(status)
+        await wire.send(b"your key is sk-can")
+        await gone_on.wait()
+        await wire.send(b"ary, or sk-")
+
+    upstream = FaultyUpstream()
+    upstream.script = lambda asked: in_pieces
+    async with upstream.serving() as url:
+        hosted = HostedUpstream(UpstreamSettings(url=url, key="sk-canary"))
+        await hosted.open()
+        sending = asyncio.create_task(hosted.send(UpstreamCall("POST", "/chat/completions", b"{}")))
+        if status == 200:
+            pieces = (await sending).stream()
+            assert await anext(pieces) == b"your key is "
+            gone_on.set()
+            assert b"".join([piece async for piece in pieces]) == b"[redacted], or sk-"
+        else:
+            gone_on.set()
+            assert await (await sending).read() == b"your key is [redacted], or sk-"
+        await (await sending).aclose()
         await hosted.aclose()
 
 
