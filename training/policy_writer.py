@@ -28,10 +28,13 @@ class PolicyWriter:
         return found
 
     def write(self, target: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """The folder appears only when whole. `weights`: as `weights` gave them; None: as they are now."""
+        """The folder appears only when whole; one that is there stays as it is.
+
+        `weights`: as `weights` gave them; None: as they are now.
+        """
         if self._load_whole is not None and weights is None:
             weights = self.weights()
-        if self._accelerator.is_main_process:
+        if self._accelerator.is_main_process and not target.exists():
             self._write(target, weights)
         self._accelerator.wait_for_everyone()
 

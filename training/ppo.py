@@ -251,7 +251,7 @@ def _publish(parts: PpoParts, progress: Progress, options: PpoOptions, run: Path
     if options.eval_prompts:
         parts.take_kept_policy(run, progress.average)
     parts.save_value(run)
-    if progress.average is not None and not (run / "policy-ema").exists():
+    if progress.average is not None:
         parts.writer.write(run / "policy-ema", progress.average.weights)
     parts.writer.write(run / RESULT)
 
