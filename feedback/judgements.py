@@ -95,6 +95,10 @@ class StoreError(Exception):
     """The store cannot be reached or refuses. The message names no parameters: those are people's words."""
 
 
+class RefusedError(StoreError):
+    """What was to be written is not taken, now or later: trying again is no use."""
+
+
 class FeedbackStore(Protocol):
     """Where candidate sets and judgements are kept. Calls block: not for the event loop. Safe to call from threads.
 

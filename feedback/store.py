@@ -15,10 +15,17 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
-from feedback.judgements import CandidateSet, Judgement, StoredCandidate, StoredJudgement, StoreError
+from feedback.judgements import (
+    CandidateSet,
+    Judgement,
+    RefusedError,
+    StoredCandidate,
+    StoredJudgement,
+    StoreError,
+)
 from feedback.migrations import NewerSchemaError, candidate_sets, candidates, feedback, migrate
 
 _BUSY_TIMEOUT_MS = 5000
@@ -169,9 +176,17 @@ def _mapped() -> Iterator[None]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         first_line = next(iter(str(cause).splitlines()), "")
-        raise StoreError(f"the feedback store failed: {type(cause).__name__}: {first_line}") from error
+        kind = RefusedError if _is_refusal(error) else StoreError
+        raise kind(f"the feedback store failed: {type(cause).__name__}: {first_line}") from error
     except NewerSchemaError as error:
         raise StoreError(str(error)) from error
+
+
+def _is_refusal(error: SQLAlchemyError) -> bool:
+    """The data's own fault: of a kind or size that is not taken. Not a database that is away, busy or full."""
+    if isinstance(error, DBAPIError):
+        return isinstance(error, DataError | IntegrityError)
+    return isinstance(error, StatementError)
 
 
 def _insert_new(connection: Connection, table: sa.Table, row: dict[str, Any]) -> bool:

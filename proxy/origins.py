@@ -11,10 +11,11 @@ from starlette.types import ASGIApp
 
 from proxy.errors import ForbiddenError
 
-_EXPOSED = (
+EXPOSED_HEADERS = (
     "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "x-winnow-accepted", "x-winnow-best-of",
-    "x-winnow-candidates", "x-winnow-completion-id", "x-winnow-overhead-ms", "x-winnow-reward", "x-winnow-scored",
-    "x-winnow-strategy", "x-winnow-upstream-calls",
+    "x-winnow-candidates", "x-winnow-completion-id", "x-winnow-cost", "x-winnow-fallback", "x-winnow-held-by",
+    "x-winnow-joined", "x-winnow-overhead-ms", "x-winnow-reward", "x-winnow-scored", "x-winnow-strategy",
+    "x-winnow-upstream-calls", "x-winnow-upstream-request-id", "x-winnow-usage-estimated",
 )  # fmt: skip
 """Of an answer's headers those that a page's script may read."""
 
@@ -49,7 +50,7 @@ def with_cors(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
         # Answered with the very names that were asked for: to browsers a literal `*` does not cover `Authorization`.
         allow_headers=("*",),
-        expose_headers=_EXPOSED,
+        expose_headers=EXPOSED_HEADERS,
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedback.judgements import CandidateSet, FeedbackStore, Judgement, StoredJudgement, StoreError
+from feedback.judgements import CandidateSet, FeedbackStore, Judgement, RefusedError, StoredJudgement, StoreError
 from feedback.redaction import Redactor
 from proxy.metrics import ProxyMetrics
 
@@ -158,11 +158,7 @@ class Recorder:
         while not ended:
             batch, ended = self._next_batch()
             if batch:
-                try:
-                    self._write(batch)
-                except Exception:  # the thread must live on; what it could not write is counted
-                    _log.exception("%d candidate sets could not be written", len(batch))
-                    self._drop(batch, "error")
+                self._write_or_drop(batch)
                 self._forget(batch)
             self._metrics.recorder_queue.set(self._queue.qsize())
 
@@ -180,7 +176,20 @@ class Recorder:
             return batch, False
         return batch, True
 
+    def _write_or_drop(self, batch: Sequence[_Waiting]) -> None:
+        try:
+            self._write(batch)
+        except Exception:  # the thread must live on; what it could not write is counted
+            if len(batch) > 1:
+                # One that cannot be redacted, or that the store does not take, must not cost the others.
+                for waiting in batch:
+                    self._write_or_drop([waiting])
+                return
+            _log.exception("A candidate set could not be written")
+            self._drop(batch, "error")
+
     def _write(self, batch: Sequence[_Waiting]) -> None:
+        """Tries again while the store is away. Raises what trying again does not mend."""
         sets = [self._redactor.candidate_set(waiting.candidate_set) for waiting in batch]
         give_up_at = time.monotonic() + self._limits.retry_s
         delay_s = _FIRST_DELAY_S
@@ -188,6 +197,8 @@ class Recorder:
             try:
                 self._open()
                 self.store.add_sets(sets)
+            except RefusedError:
+                raise
             except StoreError as error:
                 self._metrics.recorder_failures.inc()
                 if time.monotonic() + delay_s > min(give_up_at, self._give_up_at):

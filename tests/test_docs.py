@@ -18,6 +18,7 @@ from feedback.records import parse_preference, parse_ranking
 from proxy import errors
 from proxy.config import Settings
 from proxy.metrics import ProxyMetrics
+from proxy.origins import EXPOSED_HEADERS
 from proxy.request import WinnowField
 from proxy.routes import operations
 from proxy.routes.feedback import FeedbackRequest
@@ -99,6 +100,12 @@ def test_every_header_of_ours_is_documented() -> None:
     headers = {header for source in sources for header in re.findall(r"x-winnow-[a-z-]+[a-z]", source)}
     assert len(headers) > 8
     assert [header for header in sorted(headers) if f"`{header}`" not in read("api.md")] == []
+
+
+def test_a_pages_script_may_read_every_header_of_an_answer() -> None:
+    told = set(re.findall(r"^\| `(x-winnow-[a-z-]+)` \| .", read("api.md"), re.MULTILINE))
+    assert len(told) > 12
+    assert told <= set(EXPOSED_HEADERS)
 
 
 def test_every_request_field_error_and_path_is_documented() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from feedback.judgements import Judgement, StoreError
+from feedback.judgements import Judgement, RefusedError, StoreError
 from feedback.migrations import STEPS
 from feedback.store import DatabaseStore
 from tests.feedback.conftest import candidate_set
@@ -47,7 +47,7 @@ def test_a_set_is_written_once(make_store: MakeStore) -> None:
 def test_a_batch_is_written_whole_or_not_at_all(make_store: MakeStore) -> None:
     store = make_store()
     broken = replace(candidate_set("winnow-2"), route=None)  # type: ignore[arg-type]
-    with pytest.raises(StoreError):
+    with pytest.raises(RefusedError):
         store.add_sets([candidate_set("winnow-1"), broken])
     assert store.candidate_set("winnow-1") is None
 
@@ -197,6 +197,7 @@ def test_a_store_that_is_away_says_so(tmp_path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             DatabaseStore(url).open()
         assert "secret" not in str(caught.value)
+        assert not isinstance(caught.value, RefusedError), "it may be there again soon"
 
 
 def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:

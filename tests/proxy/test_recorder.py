@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from feedback.judgements import Judgement, StoreError
+from feedback.judgements import Judgement, RefusedError, StoreError
 from feedback.redaction import Redactor
 from proxy.metrics import ProxyMetrics
 from proxy.recorder import Recorder, RecorderLimits
@@ -112,6 +112,26 @@ async def test_a_set_that_cannot_be_written_does_not_end_the_thread() -> None:
         record(recorder, 1, 2)
     assert set(store.sets) == {"winnow-2"}
     assert metric("winnow_recorder_dropped_total", reason="error") == 1
+
+
+@pytest.mark.parametrize("problem", [TypeError("a bug"), RefusedError("too large")])
+async def test_a_set_that_is_refused_costs_none_that_came_with_it(problem: Exception) -> None:
+    class Picky(FakeStore):
+        def add_sets(self, sets: Any) -> None:
+            if any(one.completion_id == "winnow-2" for one in sets):
+                raise problem
+            super().add_sets(sets)
+
+    store = Picky()
+    store.may_write.clear()
+    async with recording(store, retry_s=60, flush_s=60) as (recorder, metric):
+        record(recorder, 0)
+        await asyncio.to_thread(store.writing.wait, 20)
+        record(recorder, 1, 2, 3)
+        store.may_write.set()
+    assert set(store.sets) == {"winnow-0", "winnow-1", "winnow-3"}
+    assert metric("winnow_recorder_dropped_total", reason="error") == 1
+    assert metric("winnow_recorder_failures_total") == 0, "nothing was tried again"
 
 
 async def test_a_judgement_does_not_wait_for_the_queue() -> None:
