@@ -86,7 +86,7 @@ def best_file(run: Path) -> Path:
 
 def keep_best(accelerator: Accelerator, model: Trainable, run: Path) -> None:
     """Keeps the weights as they are now; all processes take part."""
-    weights = gathered(model.trainable_state())
+    weights = gathered(model.trainable_state(), keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         target = best_file(run)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def save_training(
     """A checkpoint of a run of gradient steps; all processes take part. `best`: numbers that are given back."""
     states = gather_object([random_state()])
     state = {
-        "weights": gathered(model.trainable_state()),
-        "optimizer": gathered(optimizer.state_dict()),
+        "weights": gathered(model.trainable_state(), keep=accelerator.is_main_process),
+        "optimizer": gathered(optimizer.state_dict(), keep=accelerator.is_main_process),
         "schedule": schedule.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "random": states,

@@ -28,6 +28,7 @@ from pydantic import Field
 
 from feedback.jsonl import Skipped, read_records, replacing, write_records
 from feedback.records import Completions, RecordError, parse_completions
+from training.distributed import require_shardable
 from training.fitting import RESULT
 from training.loop import start_accelerator
 from training.options import OptionsError
@@ -134,6 +135,7 @@ def distill(options: DistillOptions, draw: Draw, score: Score) -> Path:
     files = [*options.prompts, *options.train, *options.validation]
     description = {name: value for name, value in described(options, files).items() if name != "fit"}
     accelerator = start_accelerator(options)
+    require_shardable(accelerator, options.sharding)
     if accelerator.is_main_process and not (run / "winners.jsonl").is_file():
         _take_rules(run, description)
     accelerator.wait_for_everyone()
@@ -159,14 +161,9 @@ def distill(options: DistillOptions, draw: Draw, score: Score) -> Path:
     made_by_first(accelerator, run / "winners.jsonl", win)
     if not options.fit:
         return run / "winners.jsonl"
-    if not is_fitted:
-        train_sft(fine_tuning)
-    made_by_first(accelerator, run / RESULT, lambda: _move(done, run / RESULT))
+    folder = done if is_fitted else train_sft(fine_tuning)
+    made_by_first(accelerator, run / RESULT, lambda: folder.rename(run / RESULT))
     return run / RESULT
-
-
-def _move(folder: Path, target: Path) -> None:
-    folder.rename(target)
 
 
 def _take_rules(run: Path, description: Mapping[str, Any]) -> None:

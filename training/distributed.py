@@ -68,21 +68,32 @@ def place(accelerator: Accelerator, model: nn.Module, sharding: Sharding) -> Pla
     if sharding == "none":
         network = accelerator.prepare(model)
         return Placement(accelerator, network, accelerator.unwrap_model(network), is_sharded=False)
-    shard(model.to(accelerator.device), accelerator)
+    shard(model, accelerator)
     return Placement(accelerator, model, model, is_sharded=True)
 
 
+def require_shardable(accelerator: Accelerator, sharding: Sharding) -> None:
+    """Raises `OptionsError` for a launch or a precision that sharding does not go with."""
+    if sharding == "none":
+        return
+    if accelerator.num_processes == 1:
+        raise OptionsError("sharding: fsdp2 spreads a model over several processes, and this is one: use torchrun")
+    if accelerator.mixed_precision == "fp16":
+        raise OptionsError("mixed_precision: fp16 does not go with sharding: fsdp2; use bf16")
+
+
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """Spreads a model on its device over all processes. Raises `OptionsError` when nothing could be sharded."""
+    """Spreads a model over the devices of all processes, a layer at a time: on none of them it stands whole.
+
+    Raises `OptionsError` when nothing could be sharded.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    if accelerator.num_processes == 1:
-        raise OptionsError("sharding: fsdp2 spreads a model over several processes, and this is one: use torchrun")
-    formats = {"bf16": torch.bfloat16, "fp16": None}
-    if accelerator.mixed_precision == "fp16":
-        raise OptionsError("mixed_precision: fp16 does not go with sharding: fsdp2; use bf16")
-    policy = MixedPrecisionPolicy(param_dtype=formats.get(accelerator.mixed_precision))
+    require_shardable(accelerator, "fsdp2")
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else None, reduce_dtype=torch.float32
+    )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in [module for module in model.modules() if type(module).__name__ in _layer_names(model)]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -121,12 +132,11 @@ def whole_weights(model: Any) -> Iterator[None]:
         model.set_reshard_after_forward(True)
 
 
-def in_step(
-    accelerator: Accelerator, parts: Sequence[PartT], spare: PartT, *, is_sharded: bool
-) -> Iterator[tuple[PartT, bool]]:
+def in_step(parts: Sequence[PartT], spare: PartT, *, is_sharded: bool) -> Iterator[tuple[PartT, bool]]:
     """A process's own micro-batches and whether each counts: where models are sharded, as many as any process has.
 
-    Those that are made up for are `spare`. All processes must call it alike.
+    Those that are made up for are `spare`. All processes must call it alike. `Placement.portions` does the same where
+    each knows what the others have.
     """
     wanted = max(gather_object([len(parts)])) if is_sharded else len(parts)
     yield from ((part, True) for part in parts)
@@ -151,14 +161,18 @@ def add_up_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter
         parameter.grad = total.view_as(parameter)
 
 
-def gathered(value: Any) -> Any:
-    """Nested containers with each shard put together, on the CPU. All processes must call it alike."""
+def gathered(value: Any, *, keep: bool = True) -> Any:
+    """Nested containers with each shard put together, on the CPU. All processes must call it alike.
+
+    `keep`: a process that does not want them lets go of whole tensors one by one, and has None in their places.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
     if isinstance(value, Mapping):
-        return {key: gathered(member) for key, member in value.items()}
+        return {key: gathered(member, keep=keep) for key, member in value.items()}
     if isinstance(value, list):
-        return [gathered(member) for member in value]
+        return [gathered(member, keep=keep) for member in value]
     return value
 
 

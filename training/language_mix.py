@@ -56,7 +56,7 @@ class LanguageMix:
         parts = [
             [mine[k] for k in part] for part in batches_by_length([len(o) for o in mine], self._micro_batch_tokens)
         ]
-        for part, counts in in_step(accelerator, parts, examples[:1], is_sharded=actors.is_sharded):
+        for part, counts in in_step(parts, examples[:1], is_sharded=actors.is_sharded):
             loss = self._loss(part, actors) * counts
             (self._coefficient * loss / num_tokens).backward()
             total += loss.detach()

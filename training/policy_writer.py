@@ -23,18 +23,19 @@ class PolicyWriter:
         self._whole: Policy | None = None
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes, whole; on the CPU if it is in shards. All processes must call it alike."""
-        found: dict[str, Tensor] = gathered(self._policy.trainable_state())
-        return found
+        """What training changes, whole, for the process that writes; nothing for the others, which must call it too."""
+        keep = self._accelerator.is_main_process
+        found: dict[str, Tensor] = gathered(self._policy.trainable_state(), keep=keep)
+        return found if keep else {}
 
-    def write(self, target: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """The folder appears only when whole; one that is there stays as it is.
+    def write(self, target: Path, weights: Mapping[str, Tensor] | None = None, *, unless_there: bool = False) -> None:
+        """The folder appears only when whole, and must not be there yet, but `unless_there` leaves it as it is.
 
         `weights`: as `weights` gave them; None: as they are now.
         """
         if self._load_whole is not None and weights is None:
             weights = self.weights()
-        if self._accelerator.is_main_process and not target.exists():
+        if self._accelerator.is_main_process and not (unless_there and target.exists()):
             self._write(target, weights)
         self._accelerator.wait_for_everyone()
 

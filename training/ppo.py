@@ -35,12 +35,12 @@ from feedback.jsonl import Skipped
 from training.actors import Frozen
 from training.advantages import ScoreScale, penalise_missing_end
 from training.batches import epoch_order
+from training.distributed import require_shardable
 from training.kl import AdaptiveKL, FixedKL, KLController
 from training.loop import schedule_factor, start_accelerator
 from training.moving_average import WeightAverage
-from training.options import OptionsError
 from training.ppo_evaluation import HeldOut, evaluate, write_samples
-from training.ppo_options import PpoOptions
+from training.ppo_options import PpoOptions, require_possible
 from training.ppo_parts import PpoParts, Prompts, build_parts, build_sampler, read_all, weight_files
 from training.ppo_state import load_progress, save_progress
 from training.ppo_update import Experience, UpdateMetrics, build_experience, update
@@ -59,11 +59,12 @@ def train_ppo(options: PpoOptions, *, open_remote: OpenRemote | None = None) -> 
     `reward.errors.RewardError`.
     """
     run = Path(options.output)
-    _require_sizes(options)
+    require_possible(options)
     files = [*options.prompts, *options.eval_prompts, *options.ptx, *weight_files(options)]
     description = described(options, files)
     refuse_taken(run, description, RESULT)
     accelerator = start_accelerator(options)
+    require_shardable(accelerator, options.sharding)
     set_seed(options.seed)
     parts = build_parts(accelerator, options)
     prompts = read_all(parts.actors.policy, options, Skipped())
@@ -252,7 +253,7 @@ def _publish(parts: PpoParts, progress: Progress, options: PpoOptions, run: Path
         parts.take_kept_policy(run, progress.average)
     parts.save_value(run)
     if progress.average is not None:
-        parts.writer.write(run / "policy-ema", progress.average.weights)
+        parts.writer.write(run / "policy-ema", progress.average.weights, unless_there=True)
     parts.writer.write(run / RESULT)
 
 
@@ -273,16 +274,3 @@ def _average(parts: PpoParts, options: PpoOptions) -> WeightAverage | None:
     if options.ema_decay is None:
         return None
     return WeightAverage(parts.writer.weights(), options.ema_decay)
-
-
-def _require_sizes(options: PpoOptions) -> None:
-    if options.global_batch_size % options.num_minibatches:
-        raise OptionsError(
-            f"num_minibatches: {options.global_batch_size} completions do not fall into {options.num_minibatches} "
-            "equal parts"
-        )
-    if options.sharding != "none" and options.tuning == "top_layers":
-        raise OptionsError("sharding: fsdp2 goes with tuning: lora or full; top_layers shares one trunk as it is")
-    for name in ("max_kl", "patience"):
-        if getattr(options, name) is not None and not options.eval_prompts:
-            raise OptionsError(f"{name}: needs eval_prompts to go by")

@@ -66,7 +66,7 @@ class LanguageLearner:
         width = max(len(row.old_logprobs) for row in self.rows)
         lengths = [len(self.rows[row].sequence) for row in mine.tolist()]
         parts = [mine[part] for part in batches_by_length(lengths, self._micro_batch_tokens)]
-        for own, counts in in_step(process, parts, rows[:1], is_sharded=self._actors.is_sharded):
+        for own, counts in in_step(parts, rows[:1], is_sharded=self._actors.is_sharded):
             now = self._actors.evaluate([self.rows[row] for row in own.tolist()])
             short = width - now.logprobs.shape[1]
             padded = type(now)(nn.functional.pad(now.logprobs, (0, short)), nn.functional.pad(now.values, (0, short)))
@@ -95,11 +95,12 @@ class LanguageLearner:
         return cast(Tensor, self._accelerator.reduce(totals.to(self._actors.device), reduction="sum")).cpu()
 
     def state(self) -> list[dict[str, Any]]:
-        """Of the optimizers, whole. All processes must call it alike."""
-        return [gathered(optimizer.state_dict()) for optimizer in self._optimizers]
+        """Of the optimizers, for the first process to write. All processes must call it alike."""
+        keep = self._accelerator.is_main_process
+        return [gathered(optimizer.state_dict(), keep=keep) for optimizer in self._optimizers]
 
     def load_state(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Puts back what `state` gave. All processes must call it alike."""
+        """Puts back what `state` gave the first process. All processes must call it alike."""
         for optimizer, one in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(scattered_optimizer_state(optimizer, dict(one)))
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from training.advantages import MissingEnd
 from training.distributed import Sharding
-from training.options import LoraOptions, StepOptions
+from training.options import LoraOptions, OptionsError, StepOptions
 from training.ppo_update import UpdateOptions
 from training.reward_sources import RewardSourceOptions
 from training.rollout_server import RolloutServerOptions
@@ -121,3 +121,17 @@ class PpoOptions(UpdateOptions, StepOptions):
     weights; None never does."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """`auto`: bf16 on GPUs that compute in it; else full precision."""
+
+
+def require_possible(options: PpoOptions) -> None:
+    """Raises `OptionsError` for settings that contradict each other."""
+    if options.global_batch_size % options.num_minibatches:
+        raise OptionsError(
+            f"num_minibatches: {options.global_batch_size} completions do not fall into {options.num_minibatches} "
+            "equal parts"
+        )
+    if options.sharding != "none" and options.tuning == "top_layers":
+        raise OptionsError("sharding: fsdp2 goes with tuning: lora or full; top_layers shares one trunk as it is")
+    for name in ("max_kl", "patience"):
+        if getattr(options, name) is not None and not options.eval_prompts:
+            raise OptionsError(f"{name}: needs eval_prompts to go by")

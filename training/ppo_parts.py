@@ -58,16 +58,18 @@ class PpoParts:
         self.accelerator.wait_for_everyone()
 
     def take_kept_policy(self, run: Path, average: WeightAverage | None) -> None:
-        """Puts them back. All processes take part."""
-        self.actors.policy.load_trainable_state(_kept(run, KEPT))
-        if average is not None:
+        """Puts them back, for the policy to be written. All processes take part."""
+        if self.actors.is_sharded or self.accelerator.is_main_process:
+            self.actors.policy.load_trainable_state(_kept(run, KEPT))
+        if average is not None and self.accelerator.is_main_process:
             average.weights.update(_kept(run, KEPT_AVERAGE))
 
     def save_value(self, run: Path) -> None:
         """Writes the value model's weights, for whoever wants to go on from here. All processes take part."""
         from safetensors.torch import save_file
 
-        weights = gathered({name: value.detach() for name, value in self.actors.value.state_dict().items()})
+        state = {name: value.detach() for name, value in self.actors.value.state_dict().items()}
+        weights = gathered(state, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             with replacing(run / VALUE) as partial:
                 save_file({name: value.cpu().contiguous() for name, value in weights.items()}, partial)
@@ -92,7 +94,8 @@ def build_parts(accelerator: Accelerator, options: PpoOptions) -> PpoParts:
             without_dropout(model)
             # Recomputing activations is done in training mode only; without dropout the modes are one function.
             model.train(options.gradient_checkpointing)
-            model.to(accelerator.device)
+            if options.sharding == "none" or isinstance(model, StateValues):
+                model.to(accelerator.device)
     if hydra is not None:
         hydra.reference_top.to(accelerator.device)
     if options.sharding == "fsdp2":

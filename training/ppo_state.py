@@ -29,7 +29,7 @@ def save_progress(accelerator: Accelerator, parts: PpoParts, progress: Progress,
     """Writes a checkpoint; every process takes part."""
     state: dict[str, Any] = {
         "policy": parts.writer.weights(),
-        "value": gathered({name: value.detach() for name, value in parts.actors.value.named_parameters()}),
+        "value": gathered(dict(parts.actors.value.named_parameters()), keep=accelerator.is_main_process),
         "optimizers": parts.learner.state(),
         "kl_coef": progress.controller.coefficient,
         "average": progress.average.weights if progress.average is not None else {},
@@ -64,7 +64,7 @@ def load_progress(accelerator: Accelerator, parts: PpoParts, progress: Progress,
     parts.learner.load_state(state["optimizers"])
     if isinstance(progress.controller, AdaptiveKL):
         progress.controller = AdaptiveKL(state["kl_coef"], progress.controller.target, progress.controller.horizon)
-    if progress.average is not None:
+    if progress.average is not None and accelerator.is_main_process:
         progress.average.weights.update(state["average"])
     if parts.mix is not None:
         parts.mix.taken = state["mix_taken"]

@@ -30,12 +30,20 @@ from accelerate import Accelerator
 
 from feedback.jsonl import located_records, read_records, replacing, write_records
 from feedback.records import parse_completions, parse_prompt
+from training.distributed import require_shardable
 from training.loop import start_accelerator
 from training.options import OptionsError
 from training.ppo import train_ppo
 from training.reward_model import train_reward_model
 from training.reward_sources import OpenRemote, RewardSource, RewardSourceOptions
-from training.rlhf_options import RlhfOptions, ppo_options, require_whole, reward_options, sft_options
+from training.rlhf_options import (
+    RlhfOptions,
+    ppo_options,
+    require_whole,
+    reward_options,
+    sft_options,
+    shardings,
+)
 from training.rlhf_rankings import Score, peoples_rankings, ranked_by, scores_by_prompt
 from training.rlhf_report import write_rlhf_report
 from training.rlhf_story import EVALUATION, RANKINGS, Expectation, ppo_folder, ppo_story, read_story, round_folder
@@ -85,6 +93,8 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
     refuse_taken(run, description, result=POLICY)
     # That of the first PPO: a launch that cannot work is refused before anything is drawn.
     accelerator = start_accelerator(ppo_options(options, str(run), options.base, "", options.ppo_seeds[0]))
+    for sharding in shardings(options):
+        require_shardable(accelerator, sharding)
     loop = _Loop(options, tools, accelerator, run, _tasks(options.sample.prompts), _tasks(options.evaluate.prompts))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -7,8 +7,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from training.distributed import Sharding
 from training.options import Options, OptionsError, RewardOptions, explain
-from training.ppo_options import PpoOptions
+from training.ppo_options import PpoOptions, require_possible
 from training.reward_sources import RewardSourceOptions
 from training.sft import SftOptions
 
@@ -149,7 +150,14 @@ def require_whole(options: RlhfOptions) -> None:
     if options.expect.reward_model_beats_length and not reward.validation:
         raise OptionsError("expect.reward_model_beats_length: needs reward.validation")
     for seed in options.ppo_seeds:
-        ppo_options(options, "ppo", options.base, "reward", seed)
+        require_possible(ppo_options(options, "ppo", options.base, "reward", seed))
+
+
+def shardings(options: RlhfOptions) -> set[Sharding]:
+    """How the stages keep their weights. Raises `OptionsError`."""
+    found = {reward_options(options, "reward", []).sharding}
+    found.add(ppo_options(options, "ppo", options.base, "reward", options.ppo_seeds[0]).sharding)
+    return found if options.sft is None else found | {sft_options(options, "sft").sharding}
 
 
 def _stage(kind: type[OptionsT], name: str, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> OptionsT:

@@ -206,7 +206,7 @@ class Collector:
         """Each through policy, reference and value model, in order."""
         frozen: list[Frozen | None] = [None] * len(samples)
         for part, sequences in self.micro_batches([sample.sequence for sample in samples]):
-            for place, one in zip(part, self.actors.freeze(sequences), strict=False):
+            for place, one in zip(part, self.actors.freeze(sequences)[: len(part)], strict=True):
                 frozen[place] = one
         return [one for one in frozen if one is not None]
 
@@ -219,7 +219,7 @@ class Collector:
         """
         parts = batches_by_length([len(one) for one in sequences], self.micro_batch_tokens)
         end = min(self.actors.policy.stop_ids)
-        for part, counts in in_step(self.accelerator, parts, [], is_sharded=self.actors.is_sharded):
+        for part, counts in in_step(parts, [], is_sharded=self.actors.is_sharded):
             yield part, [sequences[place] for place in part] if counts else [TokenSequence([end], [end])]
 
     def collect(self, prompts: Sequence[EncodedPrompt], stream: str) -> tuple[list[Sampled], list[Frozen]]:

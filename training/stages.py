@@ -11,11 +11,11 @@ from accelerate import Accelerator
 LOOK_EVERY_S = 0.5
 
 
-def made_by_first(accelerator: Accelerator, target: Path, make: Callable[[], None]) -> None:
+def made_by_first(accelerator: Accelerator, target: Path, make: Callable[[], object]) -> None:
     """Returns when `target` is there: the first process makes it unless it is, whole or not at all.
 
     The others look out for it instead of meeting the first: a barrier has a time limit, a stage may take hours. Where
-    the first fails, the launcher ends them.
+    the first fails, `torchrun` ends them.
     """
     if accelerator.is_main_process:
         if not target.exists():

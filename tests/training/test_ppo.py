@@ -100,19 +100,20 @@ def write_texts(path: Path) -> Path:
 
 
 PLACES = {
-    "in the middle of an update": ("training.ppo_learner.LanguageLearner.step", 19),
-    "in the rollout after a checkpoint": ("training.rollouts.Collector.freeze", 5),
-    "as a checkpoint is written": ("torch.save", 4),
-    "as what was good enough is kept": ("torch.save", 3),
-    "before the policy is written": ("training.ppo_parts.PpoParts.save_value", 1),
+    "in the middle of an update": ("training.ppo_learner.LanguageLearner.step", 19, 4),
+    "in the rollout after a checkpoint": ("training.rollouts.Collector.freeze", 5, 4),
+    "as a checkpoint is written": ("torch.save", 6, 2),
+    "as what was good enough is kept": ("torch.save", 5, 2),
+    "before the policy is written": ("training.ppo_parts.PpoParts.save_value", 1, 6),
 }
-"""Where a run is killed: a function, and which of its calls is the last thing the process does."""
+"""Where a run is killed: a function, which of its calls is the last thing the process does, and the iterations that are
+safe then."""
 
 
 def killed_at(place: str, config: str) -> None:
     """In a process of its own: as the command does, until the kill."""
     torch.set_num_threads(1)
-    name, last = PLACES[place]
+    name, last, _ = PLACES[place]
     owner, attribute = name.rsplit(".", 1)
     found = pkgutil.resolve_name(owner)
     whole, calls = getattr(found, attribute), itertools.count(1)
@@ -153,7 +154,9 @@ def unbroken(base: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_run_goes_on_exactly(place: str, base: Path, prompts: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_exactly(
+    place: str, base: Path, prompts: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     config = tasks.write_config(tmp_path / "config.yaml", resumable(base, run, prompts))  # type: ignore[arg-type]
     process = multiprocessing.get_context("forkserver").Process(target=killed_at, args=(place, str(config)))
@@ -161,7 +164,15 @@ def test_a_killed_run_goes_on_exactly(place: str, base: Path, prompts: Path, unb
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (run / "policy").exists()
-    policy_tasks.on_one_process("ppo", resumable(base, run, prompts))
+    made_again: list[int] = []
+
+    def batch(num_prompts: int, iteration: int, batch_size: int, seed: int) -> list[int]:
+        made_again.append(iteration)
+        return batch_of_prompts(num_prompts, iteration, batch_size, seed)
+
+    monkeypatch.setattr("training.ppo.batch_of_prompts", batch)
+    train_ppo(resumable(base, run, prompts))
+    assert made_again == list(range(PLACES[place][2], 6))
     assert tasks.read_log(run) == tasks.read_log(unbroken)
     for file in ("policy", "policy-ema", "value.safetensors"):
         ours, theirs = (policy_tasks.loaded(one / file) for one in (run, unbroken))
@@ -186,7 +197,7 @@ def test_two_processes_give_what_one_does(kind: str, base: Path, prompts: Path, 
         chosen = {
             "eval_prompts": [str(prompts)],
             "num_minibatches": 2,
-            "micro_batch_tokens": 40,  # so that one process has more micro-batches than the other
+            "micro_batch_tokens": 40,
             "learning_rate": 3e-3,
             "ptx": [str(write_texts(tmp_path / "mix.jsonl"))],
             "ema_decay": 0.5,
@@ -194,8 +205,10 @@ def test_two_processes_give_what_one_does(kind: str, base: Path, prompts: Path, 
         return ppo_tasks.options(base, tmp_path / name, prompts, **{**chosen, **SPREAD[kind], **more})
 
     train_ppo(options("one", sharding="none"))
-    two = policy_tasks.on_two_processes("ppo", options("two"))
-    one = tmp_path / "one"
+    assert_same_runs(tmp_path / "one", policy_tasks.on_two_processes("ppo", options("two")))
+
+
+def assert_same_runs(one: Path, two: Path) -> None:
     lines = list(zip(tasks.read_log(one), tasks.read_log(two), strict=True))
     assert lines
     for ours, theirs in lines:
@@ -204,6 +217,31 @@ def test_two_processes_give_what_one_does(kind: str, base: Path, prompts: Path, 
         weights, others = (policy_tasks.loaded(run / file) for run in (one, two))
         assert weights.keys() == others.keys()
         assert all(torch.allclose(weights[name], others[name], atol=2e-4) for name in weights)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_processes_without_a_part_of_their_own_change_nothing(tuning: str, base: Path, tmp_path: Path) -> None:
+    """A row a minibatch, one held-out prompt and one example of language data, for two processes with a shard each."""
+    asked = ppo_tasks.write_prompts(tmp_path / "prompts.jsonl", 3)
+    held_out = ppo_tasks.write_prompts(tmp_path / "held-out.jsonl", 1)
+
+    def options(name: str, **more: Any) -> PpoOptions:
+        rows = 1 if tuning == "full" else 2
+        chosen = {
+            "tuning": tuning,
+            "value_base": str(build_tiny_reward_model(tmp_path / f"reward-{name}")),
+            "eval_prompts": [str(held_out)],
+            "global_batch_size": rows,
+            "num_minibatches": rows,
+            "ptx": [str(write_texts(tmp_path / "mix.jsonl"))],
+            "ema_decay": 0.5,
+            "kl_target": 1.0,
+            "save_every": 1,
+        }
+        return ppo_tasks.options(base, tmp_path / name, asked, **chosen, **more)
+
+    train_ppo(options("one"))
+    assert_same_runs(tmp_path / "one", policy_tasks.on_two_processes("ppo", options("two", sharding="fsdp2")))
 
 
 def test_a_value_model_as_large_as_the_policy_is_sharded_too(prompts: Path, tmp_path: Path) -> None:
@@ -217,10 +255,12 @@ def test_a_value_model_as_large_as_the_policy_is_sharded_too(prompts: Path, tmp_
 
     train_ppo(options("one"))
     two = policy_tasks.on_two_processes("ppo", options("two", sharding="fsdp2"))
-    checkpoints = two / "checkpoints"
-    shutil.rmtree(checkpoints / "step-0000003")
+    first, last = (two / "checkpoints" / f"step-{step:07d}" for step in (2, 3))
+    shutil.rmtree(last)
     shutil.rmtree(two / "policy")
+    before = (first / "state.pt").stat().st_mtime_ns
     policy_tasks.on_two_processes("ppo", options("two", sharding="fsdp2"))
+    assert last.is_dir() and (first / "state.pt").stat().st_mtime_ns == before, "only the third was made again"
     for file in ("policy", "value.safetensors"):
         weights, others = (policy_tasks.loaded(run / file) for run in (tmp_path / "one", two))
         assert all(torch.allclose(weights[name], others[name], atol=2e-4) for name in weights)
