@@ -55,9 +55,11 @@ def start_accelerator(options: StepOptions, *, frozen: bool = False) -> Accelera
 def _computes_in_bf16(device: torch.device, *, frozen: bool) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # CPUs with bf16 matrix units pass a frozen base 2.5 times as fast in it; those without, several times slower.
+    # CPUs with bf16 matrix units pass a frozen base 2.5 times as fast in it, those with AVX-512's dot products of bf16
+    # 1.7 times; all others several times slower.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and frozen and bool(capabilities.get("amx_bf16"))
+    computes = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return device.type == "cpu" and frozen and bool(computes)
 
 
 def _check_launch(accelerator: Accelerator) -> None:

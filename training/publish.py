@@ -154,8 +154,12 @@ def _scales(model: RewardModel, references: Sequence[Rendered]) -> dict[Aggregat
 
 
 def render_groups(model: RewardModel, groups: Sequence[ComparisonGroup]) -> list[Rendered]:
-    """All completions of all groups, group after group."""
-    return [model.renderer.render(group.prompt, c) for group in groups for c in group.completions]
+    """All completions of all groups, group after group; a prompt is encoded once where that can be."""
+    return [
+        item
+        for group in groups
+        for item in model.shared([model.renderer.render(group.prompt, one) for one in group.completions])
+    ]
 
 
 def _training_facts(

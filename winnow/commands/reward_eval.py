@@ -153,13 +153,21 @@ class _Scoring:
     max_batch_tokens: int | None
 
     def by(self, source: str, items: Sequence[_Scorable]) -> _Scored:
-        """Every different completion once. Raises `CommandError`."""
+        """Every different completion once, and a prompt once for all of its own. Raises `CommandError`."""
         model: RewardModel = load_model(
             source, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
-        texts = {_key(item.prompt, c): (item.prompt, c) for item in items for c in item.completions}
+        completions: dict[str, dict[str, tuple[Messages, Messages]]] = {}
+        for item in items:
+            of_prompt = completions.setdefault(json.dumps(list(item.prompt), sort_keys=True), {})
+            of_prompt.update((_key(item.prompt, one), (item.prompt, one)) for one in item.completions)
+        keys = [key for of_prompt in completions.values() for key in of_prompt]
         try:
-            rendered = [model.renderer.render(prompt, completion) for prompt, completion in texts.values()]
+            rendered = [
+                one
+                for of_prompt in completions.values()
+                for one in model.shared([model.renderer.render(*asked) for asked in of_prompt.values()])
+            ]
             rewards = [raw.reward for raw in score_with_progress(model, rendered, self.max_batch_tokens)]
         except (RewardError, ValueError) as error:
             raise CommandError(str(error)) from error
@@ -169,7 +177,7 @@ class _Scoring:
             manifest.normalisation,
             list(manifest.training.get("pairs", {})),
             sum(one.truncated for one in rendered),
-            dict(zip(texts, rewards, strict=True)),
+            dict(zip(keys, rewards, strict=True)),
         )
 
 
