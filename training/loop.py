@@ -26,7 +26,7 @@ _WORLD_SIZES = frozenset({"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2
 def start_accelerator(options: StepOptions, *, frozen: bool = False) -> Accelerator:
     """An accelerator on the device asked for. Raises `OptionsError` when it is not what the launcher promised.
 
-    `frozen`: no gradients go through the model, so that bf16 suits CPUs that compute in it, too.
+    `frozen`: no gradients go through most of the model, so that bf16 suits CPUs that compute in it, too.
     """
     try:
         device = choose_device(options.device)

@@ -63,7 +63,8 @@ def train_ppo(options: PpoOptions, *, open_remote: OpenRemote | None = None) -> 
     files = [*options.prompts, *options.eval_prompts, *options.ptx, *weight_files(options)]
     description = described(options, files)
     refuse_taken(run, description, RESULT)
-    accelerator = start_accelerator(options)
+    # With a shared trunk most of the work is passes through what is frozen.
+    accelerator = start_accelerator(options, frozen=options.tuning == "top_layers")
     require_shardable(accelerator, options.sharding)
     set_seed(options.seed)
     parts = build_parts(accelerator, options)

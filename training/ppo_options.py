@@ -120,7 +120,7 @@ class PpoOptions(UpdateOptions, StepOptions):
     """Stop after so many evaluations without a better held-out reward (score less β · exact KL), and keep the best
     weights; None never does."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """`auto`: bf16 on GPUs that compute in it; else full precision."""
+    """`auto`: bf16 on GPUs that compute in it and, with `top_layers`, on CPUs that do; else full precision."""
 
 
 def require_possible(options: PpoOptions) -> None:

@@ -92,7 +92,8 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
     description = _described(options)
     refuse_taken(run, description, result=POLICY)
     # That of the first PPO: a launch that cannot work is refused before anything is drawn.
-    accelerator = start_accelerator(ppo_options(options, str(run), options.base, "", options.ppo_seeds[0]))
+    ppo = ppo_options(options, str(run), options.base, "", options.ppo_seeds[0])
+    accelerator = start_accelerator(ppo, frozen=ppo.tuning == "top_layers")
     for sharding in shardings(options):
         require_shardable(accelerator, sharding)
     loop = _Loop(options, tools, accelerator, run, _tasks(options.sample.prompts), _tasks(options.evaluate.prompts))

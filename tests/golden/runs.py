@@ -131,6 +131,7 @@ def ppo_steps(name: str, home: Path) -> list[dict[str, float]]:
         "max_new_tokens": 8,
         "reward": {"function": "tests.training.ppo_tasks:letters"},
         "device": "cpu",
+        "mixed_precision": "no",
         "iterations": STEPS,
         "global_batch_size": 8,
         "ppo_epochs": 2,
