@@ -22,6 +22,8 @@ class PpoOptions(UpdateOptions, StepOptions):
     """Files of prompts: records with a `prompt`, such as demonstrations, preferences or rankings."""
     eval_prompts: list[str] = Field(default=[])
     """Held-out prompts: score, exact KL, and what `max_kl` and `patience` go by. Without any, none of it is known."""
+    num_eval_prompts: int | None = Field(default=None, ge=1)
+    """Only so many of those that are not too long: the first. None takes all."""
     prompt_format: PromptFormat = "chat"
     """`chat`: the policy's chat template; `text`: the words of the last message as they are, to be continued."""
     max_prompt_tokens: int = Field(default=512, ge=1)

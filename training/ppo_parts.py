@@ -140,6 +140,7 @@ def read_all(policy: Policy, options: PpoOptions, skipped: Skipped) -> Prompts:
 
     train, left_out = read(options.prompts)
     held_out, also_left_out = read(options.eval_prompts) if options.eval_prompts else ([], 0)
+    held_out = held_out[: options.num_eval_prompts]
     longest = max(len(prompt.ids) for prompt in (*train, *held_out))
     if longest + options.max_new_tokens > policy.max_length:
         raise OptionsError(

@@ -96,7 +96,8 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
     accelerator = start_accelerator(ppo, frozen=ppo.tuning == "top_layers")
     for sharding in shardings(options):
         require_shardable(accelerator, sharding)
-    loop = _Loop(options, tools, accelerator, run, _tasks(options.sample.prompts), _tasks(options.evaluate.prompts))
+    held_out = _tasks(options.evaluate.prompts)[: options.evaluate.num_prompts]
+    loop = _Loop(options, tools, accelerator, run, _tasks(options.sample.prompts), held_out)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         claim(run, description)

@@ -50,6 +50,8 @@ class EvaluateOptions(Options):
 
     prompts: list[str]
     """Held-out prompts; PPO measures on them too."""
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Only so many of them: the first. None takes all."""
     count: int = Field(default=1, ge=1)
     """Completions a prompt."""
     judge: RewardSourceOptions | None = None
@@ -127,6 +129,7 @@ def ppo_options(options: RlhfOptions, output: str, policy: str, reward_model: st
         "base": policy,
         "reward": {"model": reward_model},
         "eval_prompts": options.evaluate.prompts,
+        "num_eval_prompts": options.evaluate.num_prompts,
         "seed": seed,
         "device": options.device,
     }

@@ -57,7 +57,7 @@ def options(home: Path, base: Path, output: Path, **more: Any) -> RlhfOptions:
             "mixed_precision": "no",
         },
         "ppo_seeds": [0, 1],
-        "evaluate": {"prompts": [str(held_out)]},
+        "evaluate": {"prompts": [str(held_out)], "num_prompts": 7},
         "seed": 3,
         "device": "cpu",
     }

@@ -90,7 +90,7 @@ def test_policies_are_held_against_the_ones_before(unbroken: tuple[Finished, Pat
     _, run, _ = unbroken
     found = json.loads((run / "round-2" / "evaluation.json").read_text())
     assert found["models"] == ["round 2", "round 1"]
-    assert found["prompts"] == 8
+    assert found["prompts"] == 7, "as many as were asked for"
     assert found["judge"] == "tests.training.ppo_tasks:letters"
     assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"] <= 1
 
