@@ -1,8 +1,8 @@
 """All benchmarks, printed as tables of ratios: `make bench`, or `python benchmarks/run.py gateway`.
 
-`--full` measures the whole grid where a part has more than it shows by default, which takes much longer. Nothing is
-written unless `--output` names a file. Ratios are measured side by side in one run and carry over to
-other machines; milliseconds do not.
+`--full` measures the whole grid where a part has more than it shows by default, which takes much longer; `frontier`
+runs only when named. Nothing is written unless `--output` names a file. Ratios are measured side by side in one run and
+carry over to other machines; milliseconds do not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encoders, gateway, gateway_memory, policies, ppo, ranking, scoring, trainers, waiting
+from benchmarks import (
+    encoders,
+    gateway,
+    gateway_memory,
+    policies,
+    ppo,
+    ppo_frontier,
+    ranking,
+    scoring,
+    trainers,
+    waiting,
+)
 from benchmarks.tables import Table
 from winnow.console import table
 from winnow.version import __version__
@@ -34,6 +45,8 @@ _PARTS: dict[str, Callable[[], list[Table]]] = {
     "training": policies.run,
     "ppo": ppo.run,
 }
+_BY_NAME: dict[str, Callable[[], list[Table]]] = {"frontier": ppo_frontier.run}
+"""Run only when named."""
 _FULL: dict[str, Callable[[], list[Table]]] = {
     "scoring": lambda: scoring.run(scoring.FULL),
     "training": policies.run_full,
@@ -51,7 +64,7 @@ def main() -> None:
     console.print(f"winnow {__version__} on {hardware()}\n", markup=False)
     tables: list[Table] = []
     for part in arguments.parts or list(_PARTS):
-        for one in ((arguments.full and _FULL.get(part)) or _PARTS[part])():
+        for one in ((arguments.full and _FULL.get(part)) or (_PARTS | _BY_NAME)[part])():
             tables.append(one)
             console.print(one.title, markup=False)
             console.print(table(one.columns, one.rows), "")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks import bars, encoders, gateway, gateway_memory, ranking, run, scoring, trainers, waiting
+from benchmarks import bars, encoders, gateway, gateway_memory, ppo_frontier, ranking, run, scoring, trainers, waiting
+from benchmarks.frontier import Point, frontier, measure, reward_at
 from tests.fakes.models import build_tiny_reward_model
 
 
@@ -91,6 +97,46 @@ def test_rankings_for_both_trainers_have_one_order_and_all_their_pairs() -> None
     for pair in pairs:
         assert len(pair["chosen"][-1]["content"].split()) < len(pair["rejected"][-1]["content"].split())
         assert pair["chosen"][:-1] == pair["rejected"][:-1]
+
+
+def test_the_frontier_is_what_policies_and_their_mixtures_come_to() -> None:
+    under, dominated = Point(2.0, 0.35), Point(5.0, 0.45)
+    hull = frontier([Point(4.0, 0.5), dominated, Point(0.0, 0.3), under, Point(1.0, 0.4)])
+    assert hull == [Point(0.0, 0.3), Point(1.0, 0.4), Point(4.0, 0.5)]
+    assert [reward_at(hull, kl) for kl in (0.0, 0.5, 2.5, 4.0, 9.0)] == pytest.approx([0.3, 0.35, 0.45, 0.5, 0.5])
+
+
+def test_policies_are_compared_at_the_kl_of_the_others_frontier() -> None:
+    reached = [
+        ppo_frontier.Reached(side, 1e-4, samples, 1.0, Point(kl, reward))
+        for side, samples, kl, reward in (("trl", 64, 1.0, 0.4), ("trl", 128, 2.0, 0.5), ("winnow", 128, 2.0, 0.47))
+    ]
+    points, compared, turned, held = ppo_frontier.tables("trl", Point(0.0, 0.3), reached)
+    assert len(points.rows) == 4
+    assert [row[-1] for row in compared.rows] == pytest.approx([0.385, 0.47])
+    assert turned.rows == [["winnow", 2.0, 0.47, 0.5]]
+    ((_, _, worst, holds),) = held.rows
+    assert worst == pytest.approx(-0.03)
+    assert holds == "NO"
+
+
+def test_a_policy_is_measured_from_the_one_at_the_start(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = AutoModelForCausalLM.from_pretrained(ppo_frontier.start_model(tmp_path), dtype=torch.float32).eval()
+    prompts = torch.randint(ppo_frontier.VOCABULARY, (6, 4))
+
+    def score(completions: Sequence[Sequence[int]]) -> list[float]:
+        return [completion[0] / ppo_frontier.VOCABULARY for completion in completions]
+
+    same = measure(start, start, prompts, 3, score)
+    assert same.kl == 0
+    assert measure(start, start, prompts, 3, score) == same
+    other = copy.deepcopy(start)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        logprobs = start(prompts).logits[:, -1].double().log_softmax(dim=-1)
+    uniform = measure(other, start, prompts, 1, score)
+    assert uniform.kl == pytest.approx(float(-math.log(ppo_frontier.VOCABULARY) - logprobs.mean()), rel=1e-4)
 
 
 def test_the_hardware_is_named() -> None:
