@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import RunningProxy, StartProxy
 from tests.fakes.serving import serving
 
-SHORT = {"header_timeout_s": 0.6, "body_timeout_s": 0.6, "idle_timeout_s": 0.6, "write_timeout_s": 0.6}
+SHORT = {"header_timeout_s": 1.0, "body_timeout_s": 1.0, "idle_timeout_s": 1.0, "write_timeout_s": 1.0}
 BODY = json.dumps({"model": "m", "best_of": 1, "messages": [{"role": "user", "content": "x"}]}).encode()
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 WHOLE = POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY
@@ -176,10 +176,11 @@ class TestSlow:
     @contextlib.contextmanager
     def crowd(self, proxy: RunningProxy, start: bytes, count: int = 200) -> Iterator[list[socket.socket]]:
         with contextlib.ExitStack() as opened:
-            connections = [opened.enter_context(connect(proxy)) for _ in range(count)]
-            for connection in connections:
-                if start:
-                    connection.sendall(start)
+            connections = []
+            for _ in range(count):
+                connections.append(opened.enter_context(connect(proxy)))
+                # At once: once all are connected, on a busy machine, the first would have been idle too long.
+                connections[-1].sendall(start)
             yield connections
 
     @pytest.mark.parametrize(
