@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from proxy.admission import Gate
+from proxy.answer_writer import AnswerWriter
 from proxy.errors import (
     JSON,
     BadRequestError,
@@ -88,7 +89,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
-        self._exit = _Exit(self)
+        self._writer = AnswerWriter(transport, self.loop, close=self.leave)
         if len(self.connections) > self._settings.max_connections and not self._make_room():
             self._gate.count_refused("connections")
             self._deaf = True
@@ -127,6 +128,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Called once, when the server stops listening: ends what is idle. Running answers are the last here."""
+        self._writer.flush()
         if self._phase is _Phase.HEAD and self._head_bytes and (self.cycle is None or self.cycle.response_complete):
             # Half a request: closed without a word, it would look as if it might have been served.
             self._refuse(ShuttingDownError(), "draining")
@@ -150,6 +152,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         if self._phase is _Phase.LEAVING:
             return
+        self._writer.flush()
         if self._phase is not _Phase.BODY or not self.transport.can_write_eof():
             self._close()
             return
@@ -185,7 +188,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = self._body_bytes = 0
         cycle = self.cycle
         if cycle is not before:
-            cycle.transport = cast("asyncio.Transport", self._exit)
+            cycle.transport = cast("asyncio.Transport", self._writer)
+            self._writer.begin()
             if self._gate.draining or self.parser.should_upgrade():
                 cycle.keep_alive = False
 
@@ -317,6 +321,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return HeadersTooLargeError(f"The request's headers are over {self._settings.max_header_bytes} bytes")
 
     def _refuse(self, error: ProxyError, reason: str) -> None:
+        self._writer.flush()
         self._gate.count_refused("header_size" if isinstance(error, HeadersTooLargeError) else reason)
         cycle = self.cycle
         answering = cycle is not None and not cycle.response_complete
@@ -363,17 +368,6 @@ class _Flow(FlowControl):
 
     def forget_pauses(self) -> None:
         self.was_paused = self.read_paused
-
-
-class _Exit:
-    """What an answer writes to. Closing goes by the protocol, which knows whether the client is still sending."""
-
-    __slots__ = ("close", "is_closing", "write")
-
-    def __init__(self, protocol: GuardedProtocol) -> None:
-        self.write = protocol.transport.write
-        self.is_closing = protocol.transport.is_closing
-        self.close = protocol.leave
 
 
 def _answer(error: ProxyError) -> bytes:
