@@ -41,9 +41,13 @@ def in_shape(body: bytes) -> bytes | None:
 
 
 def redacted(piece: bytes, key: bytes) -> tuple[bytes, bytes]:
-    """Without the key, which some servers quote; and what at the end may be its beginning, kept for the next piece."""
+    """Without the key, which some servers quote; and what at the end may be its beginning, kept for the next piece.
+
+    No byte longer or shorter: the client may have been told how many there are.
+    """
     if key in piece:
-        piece = piece.replace(key, _REDACTED)
+        mask = _REDACTED if len(key) >= len(_REDACTED) else b""
+        piece = piece.replace(key, mask.ljust(len(key), b"*"))
     start = piece.find(key[:1], max(0, len(piece) - len(key) + 1))
     while start >= 0:
         if key.startswith(piece[start:]):

@@ -103,6 +103,13 @@ def test_no_canary_anywhere(proxy: RunningProxy, log: io.StringIO, tmp_path: Pat
         assert CLIENT_KEY.encode() not in stored and UPSTREAM_KEY.encode() not in stored
 
 
+def test_an_answer_of_a_length_told_beforehand_keeps_it(proxy: RunningProxy) -> None:
+    sent = json.dumps({"key": UPSTREAM_KEY}).encode()
+    answer = httpx2.post(f"{proxy.url}/v1/echo", content=sent, headers={"authorization": f"Bearer {CLIENT_KEY}"})
+    assert int(answer.headers["content-length"]) == len(answer.content) == len(sent)
+    assert answer.json()["key"].strip("*") == "[redacted]"
+
+
 def test_a_line_says_what_an_operator_asks(proxy: RunningProxy, log: io.StringIO) -> None:
     headers = {"authorization": f"Bearer {CLIENT_KEY}", "x-request-id": "mine-1"}
     body = {"model": 'm"\n', "messages": [{"role": "user", "content": WORDS}]}
