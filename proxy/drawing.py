@@ -103,8 +103,7 @@ class Drawer:
             return _joined(first, rest)
         if failure.status not in _REFUSING_STATUS or self._capabilities.proven(key, count):
             return first
-        # The controlled comparison: the same body, only without `n`.
-        second = await self._parallel(job, count, first_index, deadline, patience, on_arrival)
+        second = await self._without_n(job, count, first_index, deadline, patience, on_arrival)
         if all(candidate.failure is None for candidate in second.candidates):
             self._capabilities.learn(key, count, 0)
         return Draw(second.candidates, [*first.calls, *second.calls], first.num_calls + second.num_calls)
@@ -156,6 +155,25 @@ class Drawer:
             waiting.close()
         candidates = [one or draft.given_up(why_missing) for one, draft in zip(drawn, drafts, strict=True)]
         return Draw(candidates, [candidate.call for candidate in candidates], count)
+
+    async def _without_n(
+        self,
+        job: Job,
+        count: int,
+        first_index: int,
+        deadline: float | None,
+        patience: Patience,
+        on_arrival: Arrival,
+    ) -> Draw:
+        """The controlled comparison: the same body, only without `n`. One call is enough to be told that it is bad."""
+        alone = replace(patience, least=min(1, patience.least))
+        trial = await self._parallel(job, 1, first_index, deadline, alone, on_arrival)
+        failure = trial.candidates[0].failure
+        if failure is not None and failure.status in _REFUSING_STATUS:
+            refused = [replace(trial.candidates[0], index=first_index + offset) for offset in range(count)]
+            return replace(trial, candidates=refused)
+        patience = replace(patience, least=patience.least - (failure is None))
+        return _joined(trial, await self._parallel(job, count - 1, first_index + 1, deadline, patience, on_arrival))
 
     async def _with_n(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
         body = _body(job, first_index, count)

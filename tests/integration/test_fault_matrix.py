@@ -195,7 +195,7 @@ NAMED = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def expected_calls(case: Case, best_of: int, stream: bool) -> int:
     first = best_of if stream else 1
     if case.status == 400 and best_of > 1 and not stream:
-        first += best_of  # Was it `n` that it refused? The same is asked once more without.
+        first += 1  # Was it `n` that it refused? The same is asked once more without.
     return first + (RETRIES if case.retried else 0)
 
 
@@ -325,7 +325,7 @@ async def test_our_key_is_taken_out_of_errors(best_of: int) -> None:
         it.upstream.script = lambda asked: faulty.error(400, "sk-secret-of-ours")
         with pytest.raises(openai.BadRequestError) as caught:
             await it.ask(best_of, stream=False)
-        assert caught.value.code == "[redacted]"
+        assert caught.value.code == "[redacted]*******"
 
 
 async def test_the_circuit_opens_and_says_when_to_come_back() -> None:

@@ -220,10 +220,11 @@ class TestAskingForN:
         assert smaller.headers["x-winnow-upstream-calls"] == "1", "a smaller n may be honoured"
 
     def test_a_request_that_is_wrong_anyway_teaches_nothing(self, proxy: RunningProxy) -> None:
-        proxy.upstream.script = lambda received: error_reply(400, "bad_request") if received.number < 5 else Reply()
+        proxy.upstream.script = lambda received: error_reply(400, "bad_request") if received.number < 2 else Reply()
         with pytest.raises(openai.BadRequestError) as caught:
             ask(proxy)
         assert caught.value.code == "bad_request"
+        assert ["n" in received.body for received in proxy.upstream.received] == [True, False]
         assert ask(proxy).headers["x-winnow-upstream-calls"] == "1"
 
     @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
