@@ -104,6 +104,7 @@ class LiveAnswer:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
                 before, last = last, piece
         except UpstreamError as error:
+            self._ended("lost")
             if not is_event_stream({name.lower(): value for name, value in self.response.headers.items()}):
                 raise CutAnswerError(str(error)) from error
             # A stream that merely ends looks whole to clients: they get an error event, and no `[DONE]`.
