@@ -6,6 +6,7 @@ A candidate's own failure is a value; only cancellation ends a draw early.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ _UNPAID = frozenset({"connect", "closed", "authentication"})
 """Reasons of an `UpstreamError` after which the upstream cannot have worked for us, nor bill it."""
 _REFUSING_STATUS = (400, 422)
 """What an upstream answers that does not take `n`. All others (keys, limits, faults) say nothing about `n`."""
+_TRIAL_S = 0.25
+"""How long the other calls wait to hear whether the first is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,10 @@ class Drawer:
             return _joined(first, rest)
         if failure.status not in _REFUSING_STATUS or self._capabilities.proven(key, count):
             return first
-        second = await self._without_n(job, count, first_index, deadline, patience, on_arrival)
-        if all(candidate.failure is None for candidate in second.candidates):
+        # The controlled comparison: the same body, only without `n`.
+        trial = _Trial()
+        second = await self._parallel(job, count, first_index, deadline, patience, on_arrival, trial)
+        if trial.succeeded:
             self._capabilities.learn(key, count, 0)
         return Draw(second.candidates, [*first.calls, *second.calls], first.num_calls + second.num_calls)
 
@@ -123,14 +128,19 @@ class Drawer:
         deadline: float | None,
         patience: Patience,
         on_arrival: Arrival,
+        trial: _Trial | None = None,
     ) -> Draw:
+        """With a `trial` the others wait a moment for the first, and are not asked for where it is refused."""
         # Written before anything starts: what cannot be written is the request's fault, not a candidate's.
         bodies = bodies_of(job, count, first_index)
         drafts = [Draft(first_index + position) for position in range(count)]
         drawn: list[Candidate | None] = [None] * count
         tasks: list[asyncio.Task[None]] = []
+        num_begun = 0
         why_missing = DEADLINE_PASSED
         ends_at, outlasted = (None, deadline) if patience.outlasts_deadline else (deadline, None)
+        if _is_past(ends_at):
+            return Draw([draft.given_up(DEADLINE_PASSED) for draft in drafts], [], 0)
 
         def give_up() -> None:
             nonlocal why_missing
@@ -139,8 +149,14 @@ class Drawer:
                 task.cancel()
 
         async def draw_one(position: int) -> None:
+            nonlocal num_begun
+            if trial is not None and position > 0 and await trial.is_refused():
+                return
+            num_begun += 1
             one = (await self._call(job, bodies[position], drafts[position], 1, deadline, siblings))[0]
             drawn[position] = one
+            if trial is not None and position == 0:
+                trial.ended(one.failure)
             waiting.arrived(one)
             on_arrival(one)
 
@@ -154,37 +170,22 @@ class Drawer:
         finally:
             waiting.close()
         candidates = [one or draft.given_up(why_missing) for one, draft in zip(drawn, drafts, strict=True)]
-        return Draw(candidates, [candidate.call for candidate in candidates], count)
-
-    async def _without_n(
-        self,
-        job: Job,
-        count: int,
-        first_index: int,
-        deadline: float | None,
-        patience: Patience,
-        on_arrival: Arrival,
-    ) -> Draw:
-        """The controlled comparison: the same body, only without `n`. One call is enough to be told that it is bad."""
-        alone = replace(patience, least=min(1, patience.least))
-        trial = await self._parallel(job, 1, first_index, deadline, alone, on_arrival)
-        failure = trial.candidates[0].failure
-        if failure is not None and failure.status in _REFUSING_STATUS:
-            refused = [replace(trial.candidates[0], index=first_index + offset) for offset in range(count)]
-            return replace(trial, candidates=refused)
-        patience = replace(patience, least=patience.least - (failure is None))
-        return _joined(trial, await self._parallel(job, count - 1, first_index + 1, deadline, patience, on_arrival))
+        if num_begun == 1 < count and candidates[0].failure is not None:
+            return _failed_alike(candidates[0], count, first_index)
+        return Draw(candidates, [candidate.call for candidate in candidates], num_begun)
 
     async def _with_n(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
         body = _body(job, first_index, count)
         draft = Draft(first_index)
+        if _is_past(deadline):
+            return replace(_failed_alike(draft.given_up(DEADLINE_PASSED), count, first_index), calls=[], num_calls=0)
         try:
             async with asyncio.timeout_at(deadline):
                 candidates = await self._call(job, body, draft, count, deadline)
         except TimeoutError:
             candidates = [draft.given_up(DEADLINE_PASSED)]
         if candidates[0].failure is not None:
-            candidates = [replace(candidates[0], index=first_index + offset) for offset in range(count)]
+            return _failed_alike(candidates[0], count, first_index)
         return Draw(candidates, [candidates[0].call], 1)
 
     async def _call(
@@ -265,6 +266,36 @@ class Drawer:
         if job.stream:
             return [replace(one, chunks=payloads_of(one, job.endpoint)) for one in candidates]
         return candidates
+
+
+class _Trial:
+    """Of several calls the first, which tells whether the body they share is refused."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+        self._refused = False
+        self.succeeded = False
+
+    def ended(self, failure: CallFailure | None) -> None:
+        self.succeeded = failure is None
+        self._refused = failure is not None and failure.status in _REFUSING_STATUS
+        self._over.set()
+
+    async def is_refused(self) -> bool:
+        """Waits for the first, but not long: a refusal is quick, and an answer may not be."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TRIAL_S):
+                await self._over.wait()
+        return self._refused
+
+
+def _failed_alike(one: Candidate, count: int, first_index: int) -> Draw:
+    """The failure of one call stands for all candidates."""
+    return Draw([replace(one, index=first_index + offset) for offset in range(count)], [one.call], 1)
+
+
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and asyncio.get_running_loop().time() >= deadline
 
 
 def _cut_off(job: Job, end: CallEnd, recorder: StreamRecorder, most: int, started: float) -> Call:

@@ -219,6 +219,23 @@ class TestAskingForN:
         smaller = ask(proxy, extra_body={"best_of": 3})
         assert smaller.headers["x-winnow-upstream-calls"] == "1", "a smaller n may be honoured"
 
+    def test_what_becomes_of_the_others_does_not_keep_it_from_being_learnt(self, proxy: RunningProxy) -> None:
+        def answer(received: Received) -> Reply:
+            if "n" in received.body:
+                return error_reply(400, "n_unsupported")
+            return error_reply(403) if received.number == 3 else Reply()
+
+        proxy.upstream.script = answer
+        assert ask(proxy).headers["x-winnow-candidates"] == "s=3;f=1;i=0"
+        assert ask(proxy).headers["x-winnow-upstream-calls"] == "4"
+
+    def test_a_hung_first_call_holds_up_none_of_the_others(self, proxy: RunningProxy) -> None:
+        proxy.upstream.script = lambda received: (
+            error_reply(400, "n_unsupported") if "n" in received.body else Reply(hold=received.number == 1)
+        )
+        raw = ask(proxy, extra_body={"winnow": {"deadline_s": 3}})
+        assert raw.headers["x-winnow-candidates"] == "s=3;f=1;i=0"
+
     def test_a_request_that_is_wrong_anyway_teaches_nothing(self, proxy: RunningProxy) -> None:
         proxy.upstream.script = lambda received: error_reply(400, "bad_request") if received.number < 2 else Reply()
         with pytest.raises(openai.BadRequestError) as caught:
