@@ -49,4 +49,5 @@ class AnswerWriter:
         """To be called before anything is written beside this, and before the connection is closed."""
         if self._held:
             held, self._held = self._held, b""
-            self._write(held)
+            if not self.is_closing():  # the client may have hung up meanwhile
+                self._write(held)
