@@ -36,7 +36,8 @@ class RewardSettings(Section):
     std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """And divided by this."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds for one request to the service, all replicas tried."""
+    """Seconds for one request to the service, all replicas tried: each that is silent gets an even share of what is
+    left."""
     connect_timeout_s: float = Field(default=2.0, gt=0)
     """Seconds to get a connection to a replica."""
     max_batch_tokens: int | None = Field(default=None, ge=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proxy.config import UpstreamSettings
@@ -47,39 +46,46 @@ class ReplicatedTransport:
 
     async def post(self, path: str, body: bytes) -> bytes:
         failure: UnreachableError | QueueFullError | None = None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                for replica in self._in_turn():
-                    try:
-                        return await self._post(replica, path, body)
-                    except (UnreachableError, QueueFullError) as error:
-                        failure = error
-        except TimeoutError as error:
-            raise UnreachableError(f"{self._name} did not answer within {self._timeout_s:g} s") from error
+        time_now = asyncio.get_running_loop().time
+        ends_at = time_now() + self._timeout_s
+        replicas = self._in_turn()
+        for position, replica in enumerate(replicas):
+            # One that is silent must leave time for the others.
+            allowed_s = (ends_at - time_now()) / (len(replicas) - position)
+            try:
+                return await self._post(replica, path, body, allowed_s)
+            except (UnreachableError, QueueFullError) as error:
+                failure = error
         raise failure or UnreachableError(f"every replica of {self._name} keeps failing and is left alone for a moment")
 
     async def aclose(self) -> None:
         for replica in self._replicas:
             await replica.upstream.aclose()
 
-    def _in_turn(self) -> Iterator[_Replica]:
-        yield from sorted(self._replicas, key=lambda replica: replica.num_running)
+    def _in_turn(self) -> list[_Replica]:
+        return sorted(self._replicas, key=lambda replica: replica.num_running)
 
-    async def _post(self, replica: _Replica, path: str, body: bytes) -> bytes:
+    async def _post(self, replica: _Replica, path: str, body: bytes, allowed_s: float) -> bytes:
         ticket = replica.circuit.admit()
         if ticket is None:
             raise UnreachableError(f"a replica of {self._name} keeps failing and is left alone for a moment")
         replica.num_running += 1
         failed: bool | None = None
         try:
-            response = await replica.upstream.send(UpstreamCall("POST", path, body, _HEADERS))
-            try:
-                answer = await response.read()
-            finally:
-                await response.aclose()
+            async with asyncio.timeout(allowed_s):
+                response = await replica.upstream.send(UpstreamCall("POST", path, body, _HEADERS))
+                try:
+                    answer = await response.read()
+                finally:
+                    await response.aclose()
             failed = response.status >= 500
-        except UpstreamError as error:
+        except TimeoutError as error:
             failed = True
+            raise UnreachableError(f"{self._name} did not answer within {allowed_s:.3g} s") from error
+        except UpstreamError as error:
+            failed = error.reason != "authentication"
+            if not failed:
+                raise ScoringError(f"{self._name} refuses the key it is sent (reward.key)") from error
             raise UnreachableError(f"{self._name}: {error}") from error
         finally:
             replica.num_running -= 1
@@ -107,5 +113,9 @@ class ReplicatedTransport:
 
 def _upstream_settings(settings: RewardSettings, url: str) -> UpstreamSettings:
     return UpstreamSettings(
-        url=url, key=settings.key, connect_timeout_s=settings.connect_timeout_s, first_byte_timeout_s=settings.timeout_s
+        name="reward",
+        url=url,
+        key=settings.key,
+        connect_timeout_s=settings.connect_timeout_s,
+        first_byte_timeout_s=settings.timeout_s,
     )

@@ -13,6 +13,7 @@ Raw scores are asked for wherever a service can be told: a sigmoid would press t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Literal, Protocol
 from feedback.records import Messages
 from reward.errors import InputError, ScoringError
 from reward.normalisation import Normalisation
-from reward.rendering import content_text
+from reward.rendering import any_of, broken_up, content_text
 
 DialectName = Literal["winnow", "openrlhf", "vllm", "tei"]
 
@@ -194,29 +195,42 @@ class _TEI(_WithoutReferences):
         return [[asked, "\n\n".join(content_text(message) for message in one)] for one in completions]
 
 
+_MARKS = re.compile(r"<\|[^<>|\s]{1,60}\|>|<｜[^<>｜\s]{1,60}｜>|</?[A-Za-z_]{1,30}>|\[/?[A-Z_]{2,30}\]")
+"""What special tokens look like: of those that stand in a template, none may be written by whoever is scored."""
+
+
 class ChatTemplate:
-    """A Jinja chat template, as tokenizers carry them, in a sandbox. Raises ValueError for one that is no Jinja."""
+    """A Jinja chat template, as tokenizers carry them, in a sandbox.
+
+    Raises `ValueError` for one that is no Jinja, or names a special token that only a tokenizer knows.
+    """
 
     def __init__(self, source: str) -> None:
         from jinja2 import TemplateSyntaxError
+        from jinja2.meta import find_undeclared_variables
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         # As transformers sets it up: templates are written for that.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         try:
+            named = find_undeclared_variables(environment.parse(source)) & {"bos_token", "eos_token"}
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        if named:
+            raise ValueError(
+                f"the chat template names {min(named)}, which only the model's tokenizer knows: write the token itself "
+                "there, such as <s>, or nothing where the service adds it"
+            )
+        self._marks = any_of(_MARKS.findall(source))
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
-        plain = [{**message, "content": content_text(message)} for message in messages]
+        plain = [{**message, "content": broken_up(content_text(message), self._marks)} for message in messages]
         try:
-            return self._template.render(
-                messages=plain, add_generation_prompt=add_generation_prompt, bos_token="", eos_token=""
-            )
+            return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError, KeyError) as error:
             raise InputError(f"the chat template refuses these messages: {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from feedback.records import Message, Messages
 from reward.dialects import Dialect, RemoteScore
-from reward.errors import InputError, ModelLoadError, ScoringError, UnreachableError
+from reward.errors import InputError, ModelLoadError, QueueFullError, ScoringError, UnreachableError
 from reward.normalisation import Normalisation
 from reward.scorer import Score, TemplatedText
 
@@ -29,6 +29,8 @@ _PAIRS = (
     ("Translate 'good morning' into Spanish.", "Buenos días.", "xq zzv 9917 kkkk qqpl ;;;; nnnn"),
 )
 """Better and worse answers that any reward model of people's taste tells apart."""
+_UNREADY = (UnreachableError, QueueFullError)
+"""What a service says nothing by but that it should be asked again later."""
 _LONG_WORDS = 4000
 """A prompt of so many words is longer than most encoders read, and shorter than decoders do."""
 
@@ -84,7 +86,7 @@ class RemoteScorer:
         await self._transport.open()
         try:
             await self._check()
-        except UnreachableError as error:
+        except _UNREADY as error:
             logger.warning("The reward model %s cannot be reached yet: %s", self._name, error)
             self._checking = asyncio.create_task(self._check_until_reached())
 
@@ -145,7 +147,7 @@ class RemoteScorer:
             await asyncio.sleep(self._recheck_s)
             try:
                 await self._check()
-            except UnreachableError:
+            except _UNREADY:
                 continue
             except ModelLoadError as error:
                 self._refused = str(error)
@@ -158,7 +160,7 @@ class RemoteScorer:
             if references is not None:
                 answer = await self._ask(references.path, references.body)
                 self._scale = self._dialect.reference_scale(answer) or self._scale
-        except UnreachableError:
+        except _UNREADY:
             raise
         except (InputError, ScoringError) as error:
             raise ModelLoadError(f"the reward model {self._name} failed on a test text: {error}") from error

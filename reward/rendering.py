@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -216,11 +216,7 @@ class Renderer:
 
     def _harmless(self, value: Any) -> Any:
         if isinstance(value, str):
-            # Most texts hold none and come back as they are. A space can complete no special token anew, but may
-            # leave a shorter one behind.
-            while self._written_specials.search(value):
-                value = self._written_specials.sub(lambda found: f"{found[0][0]} {found[0][1:]}", value)
-            return value
+            return broken_up(value, self._written_specials)
         if isinstance(value, list):
             return [self._harmless(member) for member in value]
         if isinstance(value, dict):
@@ -260,12 +256,26 @@ def _start_of_completion(offsets: Sequence[tuple[int, int]], boundary: int, leng
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What the tokenizer would take out of a text as one of its own; of the longer ones first."""
+    """What the tokenizer would take out of a text as one of its own."""
     named = {str(token) for token in tokenizer.all_special_tokens}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return any_of(named | added)
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of these special tokens; of the longer ones first."""
     # One character cannot be broken by a space.
-    tokens = sorted((token for token in named | added if len(token) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    ordered = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def broken_up(text: str, specials: re.Pattern[str]) -> str:
+    """The text with a space behind the first character of whatever looks like a special token."""
+    # Most texts hold none and come back as they are. A space can complete no special token anew, but may leave a
+    # shorter one behind.
+    while specials.search(text):
+        text = specials.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return text
 
 
 def content_text(message: Message) -> str:

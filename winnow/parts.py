@@ -168,8 +168,8 @@ def remote_scorer(name: str, reward: RewardSettings) -> Scorer:
     if reward.template is not None:
         try:
             template = ChatTemplate(Path(reward.template).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"reward.template: {reward.template} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CommandError(f"reward.template: {reward.template} cannot be used: {error}") from error
     return RemoteScorer(
         model or name,
         dialect(reward.protocol, model, template),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from feedback.records import Messages
 from proxy.admission import client_left, while_client_waits
 from proxy.errors import RewardUnavailableError
 from proxy.exchange import exchange_of
@@ -20,6 +22,8 @@ from reward.protocols import READERS, Asked, Conversation
 from reward.scorer import Score, Scorer, TemplatedText
 
 PATHS = frozenset(READERS)
+_AT_ONCE = 128
+"""Prompts of one request: a longer list must not fill the scorer's queue by itself, and be turned away."""
 
 
 async def scoring(scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,15 +70,22 @@ async def _scores(scorer: Scorer, asked: Asked) -> Sequence[Score]:
         found = await scorer.score_texts([item for _, item in texts])
         scores.update(zip((position for position, _ in texts), found, strict=True))
 
-    async def score_talk(position: int, talk: Conversation) -> None:
-        scores[position] = (await scorer.score(talk.prompt, [talk.completion]))[0]
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def score_talks(prompt: Messages, positions: Sequence[int], completions: Sequence[Messages]) -> None:
+        async with places:
+            scores.update(zip(positions, await scorer.score(prompt, completions), strict=True))
 
     try:
         async with asyncio.TaskGroup() as group:
             if texts:
                 group.create_task(score_texts())
-            for position, talk in talks:
-                group.create_task(score_talk(position, talk))
+            # Neighbours with one prompt, as in a reranking, are scored as its candidates.
+            for prompt, run in itertools.groupby(talks, key=lambda talk: talk[1].prompt):
+                same = list(run)
+                group.create_task(
+                    score_talks(prompt, [place for place, _ in same], [one.completion for _, one in same])
+                )
     except* Exception as failures:
         raise failures.exceptions[0] from failures
     return [scores[position] for position in range(len(asked.items))]

@@ -88,6 +88,12 @@ def test_tei_rerank_is_best_first(service: httpx2.Client) -> None:
     ]
 
 
+def test_neighbours_with_one_prompt_are_scored_together_and_keep_their_order(service: httpx2.Client) -> None:
+    inputs = [["x", "good"], ["x", "bad"], ["y", "good"], ["x", "good good"]]
+    scores = [row[0]["score"] for row in ask(service, "/predict", {"inputs": inputs, "raw_scores": True})]
+    assert scores == [2.0, -2.0, 2.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "says"),
     [
