@@ -13,6 +13,7 @@ from reward.manifest import Accuracy, load_manifest
 from training.comparisons import read_comparisons
 from training.evaluation import POOLED, accuracy_of, length_rewards, pair_outcomes
 from training.fitting import DECIDING
+from training.options import OptionsError
 from training.rlhf_options import RlhfOptions, ppo_options, reward_options
 from training.runlog import LOG_NAME
 
@@ -133,7 +134,7 @@ def read_story(run: Path, options: RlhfOptions) -> Story:
 
 
 def ppo_story(folder: Path, options: RlhfOptions) -> PpoStory:
-    """Of one run of PPO that is done."""
+    """Of one run of PPO that is done. Raises `OptionsError` where its log has lost what it measured."""
     lines = _log(folder)
     curve = [
         HeldOutPoint(
@@ -143,6 +144,8 @@ def ppo_story(folder: Path, options: RlhfOptions) -> PpoStory:
         for line in lines
         if "eval_score" in line
     ]
+    if not curve:
+        raise OptionsError(f"{folder / LOG_NAME}: holds no evaluation; delete {folder} to train it anew")
     batches = [(int(line["step"]), float(line["score"]), float(line["kl"])) for line in lines if "score" in line]
     seed = int(folder.name.rpartition("-")[2])
     settings = ppo_options(options, str(folder), options.base, "", seed)

@@ -12,6 +12,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from feedback.jsonl import replacing
+
 LOG_NAME = "log.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 
@@ -77,9 +79,10 @@ class RunLog:
                 # A line cut off by a kill has no end.
                 if line.endswith("\n") and json.loads(line)["step"] <= self._resumed_step > 0:
                     kept.append(line)
-        file = path.open("w", encoding="utf-8")
-        file.writelines(kept)
-        return file
+        # Whole on disk before the first line is added: a kill now must not take what an earlier one left.
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        return path.open("a", encoding="utf-8")
 
     def task(self, description: str, total: int, completed: int = 0) -> Bar:
         """A bar of its own."""

@@ -149,6 +149,8 @@ def test_a_resumed_log_drops_what_will_be_done_again(tmp_path: Path) -> None:
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')  # cut off by a kill
     with RunLog(tmp_path, active=True, resumed_step=2) as log:
+        kept = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["step"] for line in kept] == [1, 2], "whatever happens from here on"
         log.metrics(3, {"loss": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
