@@ -115,7 +115,17 @@ class Outcome:
 
 def read_tasks(files: Sequence[Path], skipped: Skipped | None = None) -> list[Task]:
     """Every prompt of the files. One that stands there twice is drawn for twice. Raises `DataError`."""
-    return tasks_of(located_records(files, parse_prompt, skipped))
+    return tasks_of(located_records(files, parse_sendable, skipped))
+
+
+def parse_sendable(record: Mapping[str, Any]) -> Prompt:
+    """A prompt that can be asked. Raises `RecordError`, also for half a character: no request can hold it."""
+    prompt = parse_prompt(record)
+    try:
+        json.dumps(list(prompt.prompt), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("prompt", "holds half a character, which UTF-8 cannot") from error
+    return prompt
 
 
 def tasks_of(prompts: Iterable[tuple[str, Prompt]]) -> list[Task]:
@@ -207,7 +217,7 @@ class Draft:
         """
         self._model = model
         # What is no good is refused before a file is made.
-        records = [] if self.path.is_file() or not self._output.is_file() else list(self._recorded(self._output))
+        records = list(self._recorded(self._output)) if self._output.is_file() else []
         kept = list(self._whole_lines()) if self.path.is_file() else []
         self._output.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
@@ -216,10 +226,12 @@ class Draft:
         for key, line in kept:
             self._lines[key] = (offset, len(line))
             offset += len(line)
+        # Not all of them are, where a kill came while they were taken over.
         for key, record in records:
-            self._append(key, record)
+            if key not in self._lines:
+                self._append(key, record)
         missing = [task for task in self._tasks if task.key not in self._lines]
-        self.output_was_whole = bool(records) and not missing
+        self.output_was_whole = bool(records) and not kept and not missing
         return missing
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from feedback.jsonl import DataError
+from feedback.jsonl import DataError, Skipped
 from feedback.records import Messages
 from training.sampling import Draft, Drawn, GenerationError, Outcome, Sampling, Task, draw_all, read_tasks
 
@@ -129,6 +129,26 @@ def test_more_prompts_are_added_to_a_finished_file_and_none_is_asked_again(tmp_p
         assert [question(json.loads(line)["prompt"]) for line in file] == ["new", "b", "a", "b"]
     draw(tasks_in(tmp_path, "new", "b", "a", "b"), none := Echo(), output)
     assert none.asked == []
+
+
+def test_a_kill_while_a_finished_file_is_taken_over_loses_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    draw(tasks_in(tmp_path, "a", "b", "c"), Echo(), output)
+    more = tasks_in(tmp_path, "a", "b", "c", "d")
+    with Draft(output, more, SAMPLING) as draft:
+        draft.begin("m")
+        first, *_ = draft.path.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "out.jsonl.partial").write_text(first, encoding="utf-8")
+    draw(more, echo := Echo(), output)
+    assert echo.asked == ["d"]
+    assert [question(one["prompt"]) for one in records(output)] == ["a", "b", "c", "d"]
+
+
+def test_half_a_character_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    file = write(tmp_path / "prompts.jsonl", "fine", "half \ud83d")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: prompt: holds half a character"):
+        read_tasks([file])
+    assert len(read_tasks([file], Skipped())) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from feedback.jsonl import read_records
+from feedback.jsonl import read_records, write_records
 from feedback.records import parse_ranking
 from tests.conftest import StartProxy
 from tests.fakes.models import build_tiny_causal_lm, build_tiny_reward_model
@@ -161,6 +161,19 @@ def test_a_killed_run_loses_only_what_was_under_way(
     assert sample(*arguments) == 0
     assert [asked(one) for one in upstream.received[3:]] == ["question 2", "question 3"]
     assert [one["id"] for one in records(output)] == ["q0", "q1", "q2", "q3"]
+
+
+def test_peoples_ranks_outlive_the_prompts_that_are_added(url: str, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = ["--prompts", str(prompts), "-k", "2", "--base-url", url, "-o", str(output)]
+    assert sample(*arguments) == 0
+    first, *others = records(output)
+    write_records(output, [first | {"ranks": [2, 1], "annotator": "ann"}, *others])
+    with prompts.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "one more"}\n')
+    assert sample(*arguments) == 0
+    assert len(records(output)) == 5
+    assert (records(output)[0]["ranks"], records(output)[0]["annotator"]) == ([2, 1], "ann")
 
 
 def test_a_slow_pace_makes_no_call_late(url: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,16 +134,24 @@ def _judge(name: str | None, device: str, dtype: str, trust_remote_code: bool) -
 
 
 def _judged(records: Iterator[dict[str, Any]], judge: RewardModel | None, ranks: bool) -> Iterator[dict[str, Any]]:
-    """The records with what the judge says, and nothing that another one said before."""
+    """The records with what the judge says, and nothing that another model said before. People's ranks stay."""
     while chunk := list(islice(records, _SCORED_AT_ONCE)):
-        plain = [{name: value for name, value in one.items() if name not in _JUDGED} for one in chunk]
+        plain = [_unjudged(one) for one in chunk]
         if judge is None:
             yield from plain
             continue
         scored = scored_records(judge, [parse_completions(one) for one in plain], None)
         for one, found in zip(plain, scored, strict=True):
             one |= {name: found[name] for name in _JUDGED if name in found}
-            yield one | {"ranks": ranks_of(found["rewards"])} if ranks else one
+            yield {"ranks": ranks_of(found["rewards"])} | one if ranks else one
+
+
+def _unjudged(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in record.items() if name not in _JUDGED}
+    rewards, ranks = record.get("rewards"), record.get("ranks")
+    if ranks is not None and (rewards is None or ranks != ranks_of(rewards)):
+        kept["ranks"] = ranks
+    return kept
 
 
 def _show(path: Path, as_json: bool) -> None:
