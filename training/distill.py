@@ -171,8 +171,10 @@ def _take_rules(run: Path, description: Mapping[str, Any]) -> None:
     path = run / OPTIONS_NAME
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        rules = {name: description[name] for name in _RULES}
+        if {**before, **rules} != description:
+            return  # Not this run's folder: it is refused as it is.
         with replacing(path) as partial:
-            rules = {name: description[name] for name in _RULES}
             partial.write_text(json.dumps(before | rules, indent=1) + "\n", encoding="utf-8")
 
 

@@ -151,6 +151,6 @@ def _is_good(entry: _Entry, rules: Rules) -> bool:
 
 def _top(winners: Sequence[Winner], share: float) -> list[Winner]:
     """The best share, at least one where there is any, in the order they came."""
-    count = math.ceil(share * len(winners))
+    count = math.ceil(share * len(winners) - 1e-9)  # 0.07 · 100 is a little more than 7
     places = sorted(range(len(winners)), key=lambda place: -winners[place].reward)[:count]
     return [winners[place] for place in sorted(places)]

@@ -176,6 +176,15 @@ def test_rules_may_change_until_something_was_chosen(base: Path, prompts: Path) 
     assert distill(fitting, upstream.draw, judge.score) == prompts.parent / "run" / "policy"
 
 
+def test_another_runs_folder_is_left_as_it_is(base: Path, prompts: Path) -> None:
+    theirs = prompts.parent / "run" / "options.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"base": "another"}', encoding="utf-8")
+    with pytest.raises(OptionsError, match="holds a run with another"):
+        distill(options(base, prompts), Upstream().draw, Judge().score)
+    assert theirs.read_text(encoding="utf-8") == '{"base": "another"}'
+
+
 def test_demonstrations_are_learnt_beside_the_winners(base: Path, prompts: Path) -> None:
     more = prompts.parent / "more.jsonl"
     more.write_text('{"prompt": "p", "completion": "c"}\n', encoding="utf-8")

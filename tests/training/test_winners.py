@@ -69,6 +69,7 @@ def test_the_best_share_of_all_is_kept() -> None:
     records = [record(name, (name, reward)) for name, reward in (("a", 1), ("b", 4), ("c", 2), ("d", 3))]
     assert words(records, Rules(top_share=0.5)) == ["b", "d"]
     assert words(records, Rules(top_share=0.01)) == ["b"]
+    assert len(words([record(f"p{n}", ("a", n)) for n in range(100)], Rules(top_share=0.07))) == 7
 
 
 def test_what_was_cut_off_or_says_nothing_is_not_learnt() -> None:
