@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Mount
 
 from tests.fakes.finetuning import KEY, FakeFineTuning
 from tests.fakes.serving import serving
@@ -268,6 +271,25 @@ def test_it_gives_up_in_the_end_and_says_where(place: Place) -> None:
         place.create(prepared)
     assert place.fake.made("POST", "/v1/files") == 3
     assert place.fake.jobs == {}
+
+
+@pytest.mark.parametrize("answer", ["<html>welcome</html>", {}])
+def test_a_base_url_of_something_else_is_told(answer: str | dict[str, str], place: Place) -> None:
+    page = HTMLResponse(answer) if isinstance(answer, str) else JSONResponse(answer)
+    with serving(Starlette(routes=[Mount("/", page)])) as url:
+        prepared = place.prepared("openai", base_url=url)
+        with pytest.raises(ProviderError, match="has no id: is the base URL right"):
+            place.create(prepared)
+        with pytest.raises(ProviderError, match="has no id: is the base URL right"):
+            place.follow(prepared, "ftjob-1")
+
+
+@pytest.mark.parametrize("said", ["error", "user_error"])
+def test_together_says_why_it_failed(said: str, place: Place) -> None:
+    prepared = place.prepared("together")
+    place.fake.stages = ("running", said)
+    (*_, (status, _)) = place.follow(prepared, place.create(prepared))
+    assert status.stage == "failed"
 
 
 def test_a_refused_file_stops_before_the_job(place: Place) -> None:

@@ -164,6 +164,24 @@ def test_tokens_are_estimated_or_counted_and_priced(tmp_path: Path) -> None:
     assert counted.dollars is None
 
 
+def test_tools_are_counted(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "description": "x" * 4000, "parameters": {}}}]
+    plain = prepare(options(tmp_path), dry_run=True)
+    more = [one | {"tools": tools} for one in pairs(0, 10)]
+    told = prepare(options(tmp_path, train=[write(tmp_path / "tools.jsonl", more)]), dry_run=True)
+    assert told.train.tokens - plain.train.tokens > 2 * 10 * 1000
+
+
+def test_what_was_sent_is_remembered_when_the_same_is_prepared_again(tmp_path: Path) -> None:
+    first = prepare(options(tmp_path))
+    assert first.folder is not None
+    sent = JobRecord(first.run, train=Made("done", "file-1"))
+    sent.save(first.folder)
+    prepare(options(tmp_path))
+    assert JobRecord.load(tmp_path / "out") == sent
+    assert not list(tmp_path.glob(".out-*"))
+
+
 def test_a_folder_is_prepared_again_until_a_job_was_asked_for(tmp_path: Path) -> None:
     first = prepare(options(tmp_path, beta=0.1))
     assert first.folder is not None

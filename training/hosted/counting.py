@@ -15,13 +15,19 @@ from training.options import OptionsError
 MESSAGE_TOKENS = 4
 """What a message costs beside its text: its role and its marks, in ChatML and OpenAI's format alike."""
 
-Counter = Callable[[Sequence[Mapping[str, Any]]], int]
+Counter = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], int]
+"""Tokens of messages, and of the tools that stand beside them, if any."""
 
 
 def token_counter(options: HostedOptions) -> Counter:
     """Messages to tokens. Raises `OptionsError` where the tokenizer cannot be loaded."""
     count_text = _tokenizer(options.tokenizer) if options.tokenizer else _estimate(options.bytes_per_token)
-    return lambda messages: sum(count_text(_words(message)) + MESSAGE_TOKENS for message in messages)
+
+    def count(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> int:
+        told = count_text(json.dumps(tools, ensure_ascii=False)) + MESSAGE_TOKENS if tools else 0
+        return told + sum(count_text(_words(message)) + MESSAGE_TOKENS for message in messages)
+
+    return count
 
 
 def _words(message: Mapping[str, Any]) -> str:

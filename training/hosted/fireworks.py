@@ -30,6 +30,8 @@ _STAGES: Mapping[str, JobStage] = {
     "FAILED_CLEANING_UP": "failed",
     "EXPIRED": "failed",
     "CANCELLED": "cancelled",
+    "DELETED": "cancelled",
+    "ARCHIVED": "cancelled",
 }
 
 

@@ -41,7 +41,8 @@ class OpenAIShape:
 
     def upload(self, path: Path, name: str) -> str:
         with self._calls.telling("POST /files"), path.open("rb") as opened:
-            return self._calls.once.files.create(file=(name, opened, "application/jsonl"), purpose="fine-tune").id
+            made = self._calls.once.files.create(file=(name, opened, "application/jsonl"), purpose="fine-tune")
+        return str(_whole(made, "id").id)
 
     def find_file(self, name: str, size: int) -> str | None:
         with self._calls.telling("GET /files"):
@@ -51,7 +52,7 @@ class OpenAIShape:
 
     def file_ready(self, file: str) -> bool:
         with self._calls.telling(f"GET /files/{file}"):
-            found = self._calls.client.files.retrieve(file)
+            found = _whole(self._calls.client.files.retrieve(file), "id")
         if found.status == "error":
             raise ProviderError(f"the file {file} was refused: {found.status_details or 'without a reason'}")
         # OpenAI checks a file as a part of the job; Azure refuses a job whose file it has not imported yet.
@@ -59,7 +60,8 @@ class OpenAIShape:
 
     def create(self, job: Job) -> str:
         with self._calls.telling("POST /fine_tuning/jobs"):
-            return self._calls.once.fine_tuning.jobs.create(**self._request(job)).id
+            made = self._calls.once.fine_tuning.jobs.create(**self._request(job))
+        return str(_whole(made, "id").id)
 
     def _request(self, job: Job) -> dict[str, Any]:
         options = job.options
@@ -86,7 +88,7 @@ class OpenAIShape:
 
     def status(self, job: str) -> JobStatus:
         with self._calls.telling(f"GET /fine_tuning/jobs/{job}"):
-            found = self._calls.client.fine_tuning.jobs.retrieve(job)
+            found = _whole(self._calls.client.fine_tuning.jobs.retrieve(job), "id", "status")
         said = str(found.status)
         error = found.error.message if found.error and found.error.message else None
         return JobStatus(
@@ -133,6 +135,15 @@ _METHOD_NAMES = {
     "learning_rate_multiplier": "learning_rate_multiplier",
 }
 _PLAIN_NAMES = {"epochs": "n_epochs", "batch_size": "batch_size", "learning_rate": "learning_rate"}
+
+
+def _whole(answer: Any, *members: str) -> Any:
+    """The library takes any answer for what was asked for, even a web page. Raises `ProviderError`."""
+    for member in members:
+        value = getattr(answer, member, None)
+        if not isinstance(value, str) or not value:
+            raise ProviderError(f"the answer has no {member}: is the base URL right?")
+    return answer
 
 
 def _set(names: Mapping[str, str], options: HostedOptions) -> dict[str, Any]:

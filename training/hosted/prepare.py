@@ -112,13 +112,18 @@ def prepare(options: HostedOptions, *, dry_run: bool = False, on_record: Callabl
         return _gathered(options, rules, count, None, on_record)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    replaced = partial.with_name(f"{partial.name}-before")
     try:
         prepared = _gathered(options, rules, count, partial, on_record)
         (partial / FACTS_FILE).write_text(_to_json(prepared), encoding="utf-8")
         partial.chmod(0o755)
+        before = JobRecord.load(folder) if folder.exists() else None
+        if before is not None and before.run == prepared.run:
+            before.save(partial)  # The same files: what was sent of them need not be sent again.
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return replace(prepared, folder=folder)
@@ -234,7 +239,7 @@ class _Gathering:
             for row in rows:
                 num_rows += 1
                 num_contradictions += row.opposite in self.seen
-                lengths = [self.count(conversation) for conversation in row.conversations]
+                lengths = [self.count(conversation, row.tools) for conversation in row.conversations]
                 tokens += sum(lengths)
                 longest = max(longest, *lengths)
                 line = row.line.encode() + b"\n"

@@ -42,6 +42,8 @@ class Row:
     prompt_key: str
     conversations: tuple[tuple[Wire, ...], ...]
     """What is trained on, as conversations: one for SFT, two for a pair, each with its prompt. For counting."""
+    tools: Sequence[Wire] | None
+    """What stands before each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ def _row(
         opposite=None if opposite is None else _digest(opposite),
         prompt_key=_digest([{**message, "weight": None} for message in prompt]),
         conversations=tuple(tuple(one) for one in conversations),
+        tools=wire.get("input", wire).get("tools"),
     )
 
 

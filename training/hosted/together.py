@@ -19,6 +19,7 @@ _STAGES: Mapping[str, JobStage] = {
     "cancel_requested": "running",
     "completed": "succeeded",
     "error": "failed",
+    "user_error": "failed",
     "cancelled": "cancelled",
 }
 _NUMBERS = ("step", "total_steps", "token_count", "param_count")
@@ -111,7 +112,7 @@ def _events(listed: object) -> list[Event]:
     for one in listed if isinstance(listed, list) else []:
         if isinstance(one, Mapping):
             at, message = str(one.get("created_at", "")), str(one.get("message", ""))
-            level = str(one.get("level") or "info").removeprefix("legacy_")
+            level = str(one.get("level") or "info").lower().removeprefix("legacy_")
             data = numbers({name: one.get(name) for name in _NUMBERS if one.get(name)})
             events.append(Event(f"{at} {message}", at[:19].replace("T", " "), level, message, data))
     return sorted(events, key=lambda event: event.at)

@@ -113,9 +113,9 @@ def status(
         if checkpoints:
             rows = [[one.step, one.model, _metrics(one.metrics)] for one in checkpoints]
             out().print(table(["step", "checkpoint", "metrics"], rows, title="Checkpoints"))
-    _offer(snippet, note, route_file, as_json)
-    if follow and state.stage != "succeeded":
+    if state.stage in ("failed", "cancelled") and (follow or route_file is not None):
         raise CommandError(f"job {job} {state.stage}: {state.error or 'the provider gives no reason'}", FAILED)
+    _offer(snippet, note, route_file, as_json)
 
 
 @app.command()
