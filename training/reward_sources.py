@@ -55,14 +55,21 @@ class RewardFunction(Protocol):
         """A finite number for each completion, in order."""
 
 
+def require_source(options: RewardSourceOptions, name: str = "reward") -> None:
+    """Raises `OptionsError` for other than one source, or a function that is not there."""
+    named = [one for one in ("model", "url", "function") if getattr(options, one) is not None]
+    if len(named) != 1:
+        raise OptionsError(f"{name}: name one of model, url and function, not {len(named)} of them")
+    if options.function is not None:
+        _imported(options.function, name)
+
+
 class RewardSource:
     """Scores completions, checked: as many as asked for, and finite. A context manager."""
 
     def __init__(self, options: RewardSourceOptions, *, device: str, open_remote: OpenRemote | None = None) -> None:
         """Raises `OptionsError` for other than one source, or a function that is not there."""
-        named = [name for name in ("model", "url", "function") if getattr(options, name) is not None]
-        if len(named) != 1:
-            raise OptionsError(f"reward: name one of model, url and function, not {len(named)} of them")
+        require_source(options)
         self._function: RewardFunction | None = None
         self._model_source: str | None = None
         self._model: RewardModel | None = None
@@ -147,14 +154,14 @@ def _rewards(model: RewardModel, prompts: Sequence[Messages], completions: Seque
     ]
 
 
-def _imported(name: str) -> RewardFunction:
+def _imported(name: str, option: str = "reward") -> RewardFunction:
     module, separator, function = name.partition(":")
     if not separator:
-        raise OptionsError(f"reward.function: {name!r} must be written module:name")
+        raise OptionsError(f"{option}.function: {name!r} must be written module:name")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise OptionsError(f"reward.function: {name!r} cannot be found: {error}") from error
+        raise OptionsError(f"{option}.function: {name!r} cannot be found: {error}") from error
     if not callable(found):
-        raise OptionsError(f"reward.function: {name!r} is no function")
+        raise OptionsError(f"{option}.function: {name!r} is no function")
     return cast(RewardFunction, found)

@@ -29,7 +29,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from feedback.jsonl import located_records, read_records, replacing, write_records
-from feedback.records import parse_completions, parse_prompt
+from feedback.records import parse_completions
 from training.distributed import require_shardable
 from training.loop import start_accelerator
 from training.options import OptionsError
@@ -44,12 +44,12 @@ from training.rlhf_options import (
     sft_options,
     shardings,
 )
-from training.rlhf_rankings import Score, peoples_rankings, ranked_by, scores_by_prompt
+from training.rlhf_rankings import Score, peoples_rankings, ranked_by, require_store, scores_by_prompt
 from training.rlhf_report import write_rlhf_report
 from training.rlhf_story import EVALUATION, RANKINGS, Expectation, ppo_folder, ppo_story, read_story, round_folder
 from training.rollouts import batch_of_prompts
 from training.runs import claim, file_digest, refuse_taken
-from training.sampling import Sampling, Task, tasks_of
+from training.sampling import Sampling, Task, parse_sendable, tasks_of
 from training.sft import train_sft
 from training.stages import made_by_first
 from training.winrate import Sides, as_json, compare_models, mean_length, meetings_by_reward
@@ -89,6 +89,7 @@ def train_rlhf(options: RlhfOptions, tools: Tools) -> Finished:
     # Whole: adapters name the policy they began from by its path, and are loaded from other places.
     run = Path(options.output).expanduser().resolve()
     require_whole(options)
+    require_store(options.rank)
     description = _described(options)
     refuse_taken(run, description, result=POLICY)
     # That of the first PPO: a launch that cannot work is refused before anything is drawn.
@@ -146,7 +147,8 @@ class _Loop:
         def draw() -> None:
             self._say(f"{asked.count} completions a prompt", number)
             size = asked.prompts_per_round or len(self.prompts)
-            places = batch_of_prompts(len(self.prompts), number - 1, size, self.options.seed)
+            # Where a round takes up the prompts anew, the same one may come twice: it is asked once.
+            places = dict.fromkeys(batch_of_prompts(len(self.prompts), number - 1, size, self.options.seed))
             chosen = [self.prompts[place] for place in places]
             self.tools.draw(policy, chosen, self._sampling(asked.count, number), target)
 
@@ -265,7 +267,7 @@ def _name_of(source: RewardSourceOptions) -> str:
 
 
 def _tasks(files: Sequence[str]) -> list[Task]:
-    tasks = tasks_of(located_records([Path(file).expanduser() for file in files], parse_prompt))
+    tasks = tasks_of(located_records([Path(file).expanduser() for file in files], parse_sendable))
     if not tasks:
         raise OptionsError(f"no prompt in {', '.join(files)}")
     return tasks

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 
 from training.distributed import Sharding
 from training.options import Options, OptionsError, RewardOptions, explain
 from training.ppo_options import PpoOptions, require_possible
-from training.reward_sources import RewardSourceOptions
+from training.reward_sources import RewardSourceOptions, require_source
 from training.sft import SftOptions
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -38,7 +38,7 @@ class RankOptions(Options):
     """A scorer that stands for people, for experiments: completions are ranked by its scores."""
     files: list[str] = Field(default=[])
     """Rankings and preferences that people made; `{round}` in a name is the round's number."""
-    database: str | None = None
+    database: SecretStr | None = None
     """The feedback store. What was drawn is put there to be judged; what people said there, of that and of what the
     proxy served, is learnt from."""
     min_new: int = Field(default=1, ge=1)
@@ -141,6 +141,9 @@ def require_whole(options: RlhfOptions) -> None:
     sources = [name for name in ("gold", "files", "database") if getattr(options.rank, name)]
     if len(sources) != 1:
         raise OptionsError(f"rank: name one of gold, files and database, not {len(sources)} of them")
+    for name, source in (("rank.gold", options.rank.gold), ("evaluate.judge", options.evaluate.judge)):
+        if source is not None:
+            require_source(source, name)
     if options.sft is None and options.expect.sft_lowers_loss:
         raise OptionsError("expect.sft_lowers_loss: there is no sft")
     if options.start == "sft" and options.sft is None:

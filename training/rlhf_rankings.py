@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from feedback.jsonl import read_records
-from feedback.judgements import CandidateSet, StoredCandidate, as_json, training_records
+from pydantic import SecretStr
+
+from feedback.jsonl import read_records, write_records
+from feedback.judgements import CandidateSet, StoredCandidate, StoreError, as_json, training_records
 from feedback.rankings import ranks_of
 from feedback.records import (
     Completions,
@@ -28,6 +30,8 @@ from training.rlhf_options import RankOptions
 
 ROUTE = "rlhf"
 """Of what the loop puts into the feedback store."""
+TO_JUDGE = "to-judge.jsonl"
+"""What was put there, by the ids that judgements name."""
 
 
 class AwaitingPeopleError(OptionsError):
@@ -71,7 +75,7 @@ def peoples_rankings(rank: RankOptions, number: int, samples: Path, earlier: Seq
     """
     if rank.database is not None:
         found = _stored(rank.database, number, samples)
-        where = f"judge what round {number} drew in the feedback store ({samples} holds it too)"
+        where = f"judge what round {number} drew in the feedback store ({samples.with_name(TO_JUDGE)} has the ids)"
     else:
         files = [Path(file.replace("{round}", str(number))).expanduser() for file in rank.files]
         found = [as_json(one) for one in read_records([file for file in files if file.is_file()], _parse_judged)]
@@ -86,12 +90,31 @@ def peoples_rankings(rank: RankOptions, number: int, samples: Path, earlier: Seq
     return new
 
 
-def _stored(url: str, number: int, samples: Path) -> list[dict[str, Any]]:
-    store = DatabaseStore(url)
-    store.open()
+def require_store(rank: RankOptions) -> None:
+    """Raises `OptionsError` for a `database` that names none; it is reached when it is needed."""
+    if rank.database is not None:
+        _store(rank.database).close()
+
+
+def _store(url: SecretStr) -> DatabaseStore:
     try:
+        return DatabaseStore(url.get_secret_value())
+    except ValueError as error:
+        raise OptionsError(
+            "rank.database: names no database, as sqlite:///feedback.db or postgresql://… would"
+        ) from error
+
+
+def _stored(url: SecretStr, number: int, samples: Path) -> list[dict[str, Any]]:
+    """Raises `OptionsError` where the store cannot be reached."""
+    store = _store(url)
+    try:
+        store.open()
         store.add_sets(list(_candidate_sets(number, samples)))
+        write_records(samples.with_name(TO_JUDGE), _to_judge(samples))
         return [as_json(one) for one in training_records(store.judged_sets()) if isinstance(one, Preference | Ranking)]
+    except StoreError as error:
+        raise OptionsError(f"rank.database: {error}; mend it and give the same command again") from error
     finally:
         store.close()
 
@@ -100,6 +123,12 @@ def set_id(drawn: Completions) -> str:
     """What a judgement of these completions names, as `completion_id`; the same completions have the same."""
     words = json.dumps([list(drawn.prompt), [list(one) for one in drawn.completions]], sort_keys=True)
     return f"{ROUTE}-{hashlib.sha256(words.encode()).hexdigest()[:32]}"
+
+
+def _to_judge(samples: Path) -> Iterator[dict[str, Any]]:
+    for one in read_records([samples], parse_completions):
+        completions = [list(completion) for completion in one.completions]
+        yield {"completion_id": set_id(one), "prompt": list(one.prompt), "completions": completions}
 
 
 def _candidate_sets(number: int, samples: Path) -> Iterator[CandidateSet]:

@@ -167,6 +167,9 @@ def test_it_learns_what_people_said_in_the_store(base: Path, home: Path, tmp_pat
         drawn = list(read_records([tmp_path / "run" / "round-1" / "samples.jsonl"], parse_completions))
         offered = [store.candidate_set(set_id(one)) for one in drawn]
         assert [one is not None and len(one.candidates) for one in offered] == [3] * 6
+        told = lines(tmp_path / "run" / "round-1" / "to-judge.jsonl")
+        assert [one["completion_id"] for one in told] == [set_id(one) for one in drawn]
+        assert url not in (tmp_path / "run" / "options.json").read_text(encoding="utf-8")
         store.add_judgement(Judgement(set_id(drawn[0]), preferred=1))
     finally:
         store.close()
@@ -183,6 +186,8 @@ def test_it_learns_what_people_said_in_the_store(base: Path, home: Path, tmp_pat
         ({"ppo": {"reward": {"model": "default"}}}, r"ppo\.reward: follows from the loop"),
         ({"reward": {"train": "a.jsonl"}}, r"reward\.train: "),
         ({"sft": None, "start": "sft"}, "start: there is no sft"),
+        ({"rank": {"gold": {"function": "nosuch:fn"}}}, r"rank\.gold\.function: 'nosuch:fn' cannot be found"),
+        ({"rank": {"database": "feedback.db"}}, r"rank\.database: names no database"),
     ],
 )
 def test_settings_are_refused_before_anything_is_written(
