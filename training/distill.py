@@ -136,10 +136,11 @@ def distill(options: DistillOptions, draw: Draw, score: Score) -> Path:
     description = {name: value for name, value in described(options, files).items() if name != "fit"}
     accelerator = start_accelerator(options)
     require_shardable(accelerator, options.sharding)
-    if accelerator.is_main_process and not (run / "winners.jsonl").is_file():
-        _take_rules(run, description)
+    may_choose_anew = not (run / "winners.jsonl").is_file()
     accelerator.wait_for_everyone()
-    refuse_taken(run, description, result=RESULT)
+    refuse_taken(run, _with_rules_of(run, description) if may_choose_anew else description, result=RESULT)
+    if accelerator.is_main_process and may_choose_anew:
+        _take_rules(run, description)
     skipped = Skipped()
     tasks = read_tasks([Path(file).expanduser() for file in options.prompts], skipped if options.skip_invalid else None)
     if not tasks:
@@ -166,16 +167,17 @@ def distill(options: DistillOptions, draw: Draw, score: Score) -> Path:
     return run / RESULT
 
 
-def _take_rules(run: Path, description: Mapping[str, Any]) -> None:
-    """Nothing has been chosen yet: samples and rewards are good for other rules too."""
+def _with_rules_of(run: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The description as it would be with the rules that the folder names."""
     path = run / OPTIONS_NAME
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        rules = {name: description[name] for name in _RULES}
-        if {**before, **rules} != description:
-            return  # Not this run's folder: it is refused as it is.
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(before | rules, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return description | {name: before[name] for name in _RULES if name in before}
+
+
+def _take_rules(run: Path, description: dict[str, Any]) -> None:
+    """Nothing has been chosen yet: samples and rewards are good for other rules too."""
+    if (run / OPTIONS_NAME).is_file():
+        claim(run, description)
 
 
 def _sample(options: DistillOptions, target: Path, tasks: Sequence[Task], draw: Draw) -> None:

@@ -73,16 +73,16 @@ class RunLog:
 
     def _opened(self, name: str) -> TextIO:
         path = self._folder / name
-        kept = []
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A line cut off by a kill has no end.
-                if line.endswith("\n") and json.loads(line)["step"] <= self._resumed_step > 0:
-                    kept.append(line)
-        # Whole on disk before the first line is added: a kill now must not take what an earlier one left.
-        with replacing(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # Whole on disk before a line is added: a kill now must not take what an earlier one left.
+            with replacing(path) as partial:
+                partial.write_text("".join(filter(self._is_kept, lines)), encoding="utf-8")
         return path.open("a", encoding="utf-8")
+
+    def _is_kept(self, line: str) -> bool:
+        # A line cut off by a kill has no end.
+        return line.endswith("\n") and bool(json.loads(line)["step"] <= self._resumed_step > 0)
 
     def task(self, description: str, total: int, completed: int = 0) -> Bar:
         """A bar of its own."""
