@@ -1,4 +1,7 @@
-"""Reward against KL: what a policy came to, measured alike whoever trained it, and the best that points allow.
+"""Reward against KL: what a policy came to, measured alike whoever trained it, and the curve of the best of them.
+
+Curves are drawn over the root of the KL, as those of Gao et al. 2023, §3.1: what a policy gains is near a line in it
+while it is small. Over the KL itself a line between two points lies well under a policy that was trained to that KL.
 
 Shapes: B completions, P prompt tokens, C completion tokens, V vocabulary.
 """
@@ -67,10 +70,7 @@ def mean(points: Sequence[Point]) -> Point:
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The upper concave hull, up to its highest point: what these policies and mixtures of them come to.
-
-    A mixture that answers by one policy or another has the mean of their rewards, and at most the mean of their KLs.
-    """
+    """The upper hull over the root of the KL, up to its highest point."""
     hull: list[Point] = []
     for point in sorted(points, key=lambda one: (one.kl, -one.reward)):
         if hull and point.reward <= hull[-1].reward:
@@ -81,14 +81,14 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return hull
 
 
-def reward_at(hull: Sequence[Point], kl: float) -> float:
-    """The reward for no more than `kl`. Past the last point there is no more to be had than there."""
-    assert kl >= hull[0].kl, "less than where it begins"
+def reward_at(hull: Sequence[Point], kl: float) -> float | None:
+    """None outside of what the points reached."""
     for left, right in itertools.pairwise(hull):
-        if kl <= right.kl:
-            return left.reward + _slope(left, right) * (kl - left.kl)
-    return hull[-1].reward
+        if left.kl <= kl <= right.kl:
+            return left.reward + _slope(left, right) * (math.sqrt(kl) - math.sqrt(left.kl))
+    return None
 
 
 def _slope(left: Point, right: Point) -> float:
-    return math.inf if right.kl == left.kl else (right.reward - left.reward) / (right.kl - left.kl)
+    width = math.sqrt(right.kl) - math.sqrt(left.kl)
+    return (right.reward - left.reward) / width if width else math.inf

@@ -99,21 +99,22 @@ def test_rankings_for_both_trainers_have_one_order_and_all_their_pairs() -> None
         assert pair["chosen"][:-1] == pair["rejected"][:-1]
 
 
-def test_the_frontier_is_what_policies_and_their_mixtures_come_to() -> None:
-    under, dominated = Point(2.0, 0.35), Point(5.0, 0.45)
-    hull = frontier([Point(4.0, 0.5), dominated, Point(0.0, 0.3), under, Point(1.0, 0.4)])
-    assert hull == [Point(0.0, 0.3), Point(1.0, 0.4), Point(4.0, 0.5)]
-    assert [reward_at(hull, kl) for kl in (0.0, 0.5, 2.5, 4.0, 9.0)] == pytest.approx([0.3, 0.35, 0.45, 0.5, 0.5])
+def test_the_frontier_is_the_best_of_policies_and_straight_over_the_root_of_kl() -> None:
+    under, dominated = Point(2.25, 0.4), Point(5.0, 0.45)
+    hull = frontier([Point(4.0, 0.48), dominated, Point(0.0, 0.3), under, Point(1.0, 0.4)])
+    assert hull == [Point(0.0, 0.3), Point(1.0, 0.4), Point(4.0, 0.48)]
+    assert [reward_at(hull, kl) for kl in (0.0, 0.25, 2.25, 4.0)] == pytest.approx([0.3, 0.35, 0.44, 0.48])
+    assert reward_at(hull, 9.0) is None
 
 
 def test_policies_are_compared_at_the_kl_of_the_others_frontier() -> None:
     reached = [
         ppo_frontier.Reached(side, 1e-4, samples, 1.0, Point(kl, reward))
-        for side, samples, kl, reward in (("trl", 64, 1.0, 0.4), ("trl", 128, 2.0, 0.5), ("winnow", 128, 2.0, 0.47))
+        for side, samples, kl, reward in (("trl", 64, 1.0, 0.45), ("trl", 128, 2.0, 0.5), ("winnow", 128, 2.0, 0.47))
     ]
     points, compared, turned, held = ppo_frontier.tables("trl", Point(0.0, 0.3), reached)
     assert len(points.rows) == 4
-    assert [row[-1] for row in compared.rows] == pytest.approx([0.385, 0.47])
+    assert [row[-1] for row in compared.rows] == pytest.approx([0.3 + 0.17 / math.sqrt(2), 0.47])
     assert turned.rows == [["winnow", 2.0, 0.47, 0.5]]
     ((_, _, worst, holds),) = held.rows
     assert worst == pytest.approx(-0.03)
