@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.environment import UnsetVariableError, interpolated
 from reward.manifest import Aggregate, Pooling
@@ -68,7 +69,7 @@ class CardOptions(Options):
 class StepOptions(Options):
     """What all trainers that take gradient steps share."""
 
-    output: str
+    output: Annotated[str, AfterValidator(os.path.expanduser)]
     """Run folder: logs, checkpoints, and the finished model."""
     skip_invalid: bool = False
     """Count and report bad records instead of stopping at the first."""

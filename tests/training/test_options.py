@@ -30,6 +30,11 @@ def test_defaults_fill_what_the_file_leaves_out(tmp_path: Path) -> None:
     assert loaded.tuning == "head"
 
 
+def test_a_run_folder_may_be_named_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert load(tmp_path, MINIMAL, "output=~/runs/first").output == "/home/ann/runs/first"
+
+
 def test_overrides_win_and_reach_below(tmp_path: Path) -> None:
     loaded = load(
         tmp_path, MINIMAL + "lora: {rank: 4, alpha: 2}\n", "lora.rank=16", "seed=7", "train=[b.jsonl, c.jsonl]"
