@@ -17,7 +17,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from proxy.admission import Gate
@@ -81,6 +81,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unwritten_bytes = 0
         """What waited there when this was last looked at."""
         self._timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle
+        """The oldest that is not answered; behind it wait those of `pipeline`, the newest first."""
         self._fault: ProxyError | None = None
         """Found inside a callback of the parser, which can only raise."""
 
@@ -188,6 +190,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = self._body_bytes = 0
         cycle = self.cycle
         if cycle is not before:
+            if not self.pipeline:
+                self._answering = cycle
             cycle.transport = cast("asyncio.Transport", self._writer)
             self._writer.begin()
             if self._gate.draining or self.parser.should_upgrade():
@@ -206,6 +210,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self._phase is _Phase.LEAVING:
             return
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
         super().on_response_complete()
         # Not so while the rest of a body, or the next request, is arriving already: that phase goes on.
         if self._phase is _Phase.WAITING and self.cycle.response_complete:
@@ -323,6 +329,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, error: ProxyError, reason: str) -> None:
         self._writer.flush()
         self._gate.count_refused("header_size" if isinstance(error, HeadersTooLargeError) else reason)
+        if self.pipeline and self._phase is _Phase.BODY:
+            # Nobody has begun on the request at fault: those before it are answered, and it is not.
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answering
+            self._phase = _Phase.WAITING
         cycle = self.cycle
         answering = cycle is not None and not cycle.response_complete
         if answering and self._phase is not _Phase.BODY:

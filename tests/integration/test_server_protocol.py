@@ -95,6 +95,12 @@ class TestMalformed:
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b"HTTP/1.1") == 1
 
+    @pytest.mark.parametrize("num_good", [1, 3])
+    def test_nor_does_a_bad_body_behind_it(self, proxy: RunningProxy, num_good: int) -> None:
+        answer = exchange(proxy, WHOLE * num_good + POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n")
+        assert answer.count(b"HTTP/1.1 200 ") == answer.count(b"HTTP/1.1") == num_good
+        assert b"connection: close" in answer.rpartition(b"HTTP/1.1")[2].lower()
+
     def test_old_clients_and_pipelines_are_served(self, proxy: RunningProxy) -> None:
         assert exchange(proxy, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         both = WHOLE + b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
