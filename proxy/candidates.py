@@ -152,3 +152,12 @@ class Draw:
     calls: Sequence[Call]
     num_calls: int
     """Calls started, those cancelled at the deadline included."""
+    earlier: Draw | None = None
+    """What had to end before these calls began; they hold its calls too."""
+
+    @property
+    def upstream_s(self) -> float:
+        """How long the upstream was waited for."""
+        num_earlier = 0 if self.earlier is None else len(self.earlier.calls)
+        last_s = max((call.elapsed_s for call in self.calls[num_earlier:]), default=0.0)
+        return last_s if self.earlier is None else self.earlier.upstream_s + last_s

@@ -111,7 +111,7 @@ class Drawer:
         second = await self._parallel(job, count, first_index, deadline, patience, on_arrival, trial)
         if trial.succeeded:
             self._capabilities.learn(key, count, 0)
-        return Draw(second.candidates, [*first.calls, *second.calls], first.num_calls + second.num_calls)
+        return replace(_joined(first, second), candidates=second.candidates)
 
     async def draw_one(self, job: Job, body: bytes, draft: Draft, deadline: float | None) -> Candidate:
         """One candidate by a call of its own, with one of `bodies`; `draft` shows what has come of it.
@@ -343,4 +343,5 @@ def _joined(first: Draw, second: Draw) -> Draw:
         [*first.candidates, *second.candidates],
         [*first.calls, *second.calls],
         first.num_calls + second.num_calls,
+        earlier=first,
     )

@@ -112,7 +112,7 @@ class Contest:
         self.judged.extend(judged)
         self.calls.extend(draw.calls)
         self.num_calls += draw.num_calls
-        self.upstream_s += max((call.elapsed_s for call in draw.calls), default=0.0)
+        self.upstream_s += draw.upstream_s
         self.scored = self.scored and scored
 
     def require_answers(self) -> None:

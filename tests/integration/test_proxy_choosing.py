@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import openai
@@ -228,6 +229,14 @@ class TestAskingForN:
         proxy.upstream.script = answer
         assert ask(proxy).headers["x-winnow-candidates"] == "s=3;f=1;i=0"
         assert ask(proxy).headers["x-winnow-upstream-calls"] == "4"
+
+    def test_a_refusal_and_what_follows_it_are_the_upstreams_time(self, proxy: RunningProxy) -> None:
+        def answer(received: Received) -> Reply:
+            time.sleep(0.6)
+            return error_reply(400, "n_unsupported") if "n" in received.body else Reply()
+
+        proxy.upstream.script = answer
+        assert float(ask(proxy, extra_body={"best_of": 2}).headers["x-winnow-overhead-ms"]) < 550
 
     def test_a_hung_first_call_holds_up_none_of_the_others(self, proxy: RunningProxy) -> None:
         proxy.upstream.script = lambda received: (
