@@ -153,7 +153,7 @@ def share_of(call: Call, size: int, sizes: Sequence[int]) -> Tokens:
 
 def _count(usage: Mapping[str, Any], name: str) -> int:
     value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and value > 0 and value is not True else 0
 
 
 def _texts(value: object) -> list[str]:

@@ -81,6 +81,8 @@ class Waiting:
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._half_there = self._was_overdue = False
+        """What the timer was set by."""
         self._over = False
         self.is_overdue = False
         """The deadline has passed."""
@@ -111,18 +113,38 @@ class Waiting:
             self._due.cancel()
 
     def _watch_stragglers(self) -> None:
-        """Sets the timer anew: each answer tells more of how long the rest may take."""
-        self._stop_timer()
+        """Sets the timer: answers tell how long the rest may take."""
         if self._answered < max(self._patience.least, 1) or self._answered + self._failed == self._count:
+            self._stop_timer()
             return
         half = (self._count - self._failed + 1) // 2
         if self._patience.quorum is not None:
             half = min(half, max(self._patience.quorum - 1, 1))
-        limit_s = self._patience.limit_s(self._slowest_s, half_there=self._answered >= half)
+        before = (self._half_there, self._was_overdue)
+        self._half_there, self._was_overdue = self._answered >= half, self.is_overdue
+        if self._timer is not None and before == (self._half_there, self._was_overdue):
+            return  # More answers of the same kind put the end off, if anything: soon enough to see when it rings.
+        self._stop_timer()
+        ends_at = self._ends_at()
+        if ends_at is not None:
+            self._timer = self._loop.call_at(ends_at, self._ring)
+
+    def _ends_at(self) -> float | None:
+        limit_s = self._patience.limit_s(self._slowest_s, half_there=self._half_there)
         if self.is_overdue:
             limit_s = min(limit_s or math.inf, _OVERDUE_FACTOR * self._slowest_s)
-        if limit_s is not None:
-            self._timer = self._loop.call_at(self._started_at + limit_s, self._end)
+        return None if limit_s is None else self._started_at + limit_s
+
+    def _ring(self) -> None:
+        self._timer = None
+        ends_at = self._ends_at()
+        if ends_at is None:
+            return
+        # Timers may ring a little early by the loop's clock.
+        if self._loop.time() + 0.001 < ends_at:
+            self._timer = self._loop.call_at(ends_at, self._ring)
+        else:
+            self._end()
 
     def _fall_due(self) -> None:
         self.is_overdue = True

@@ -73,7 +73,9 @@ def sum_usage(usages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     for usage in usages:
         for name, value in usage.items():
             before = total.get(name)
-            if isinstance(value, dict):
+            if type(value) is int and type(before) is int:  # the usual case, told from others at little cost
+                total[name] = before + value
+            elif isinstance(value, dict):
                 total[name] = sum_usage([before, value] if isinstance(before, dict) else [value])
             elif isinstance(value, int | float) and isinstance(before, int | float) and not isinstance(value, bool):
                 total[name] = before + value
@@ -89,8 +91,8 @@ def body(result: Result) -> bytes:
         return orjson.dumps(response_object(result, first))
     answer = dict(first.answer)
     answer["choices"] = [dict(winner.choice) | {"index": index} for index, winner in winners]
-    if result.usage is not None:
-        answer["usage"] = result.usage
+    if (usage := result.usage) is not None:
+        answer["usage"] = usage
     if result.ask.return_candidates:
         answer["winnow"] = winnow_object(result)
     return orjson.dumps(answer)
@@ -99,8 +101,8 @@ def body(result: Result) -> bytes:
 def response_object(result: Result, winner: Candidate) -> dict[str, Any]:
     """The winner's response of the Responses API, with what was spent for it."""
     response = dict(winner.answer)
-    if result.usage is not None:
-        response["usage"] = usage_in_own_names(result.usage)
+    if (usage := result.usage) is not None:
+        response["usage"] = usage_in_own_names(usage)
     if result.ask.return_candidates:
         response["winnow"] = winnow_object(result)
     return response
