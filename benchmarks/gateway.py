@@ -109,7 +109,7 @@ async def _best_of(session: aiohttp.ClientSession, servers: Servers, rounds: int
     """N candidates unscored, by N calls and by one call with `n`."""
     tables: list[Table] = []
     held: list[bars.Bar] = []
-    for n, requests in ((4, 400), (16, 150)):
+    for n, requests in ((4, 400), (16, 300)):
         floor, winnow = _by_calls(servers, n)
         cpu = await cpu_ms(session, [floor, winnow, *_its_hub(servers, n)], Load(_scaled(requests, share)), rounds)
         tables.append(_cpu_table(f"{n} candidates, {n} upstream calls", cpu))
