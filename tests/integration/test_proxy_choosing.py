@@ -177,6 +177,15 @@ class TestRejection:
         assert raw.headers["x-winnow-accepted"] == "true"
         assert raw.headers["x-winnow-candidates"] == "s=8;f=0;i=0"
 
+    def test_nothing_is_asked_of_the_fallback_model_when_the_time_is_up(self, start_proxy: StartProxy) -> None:
+        proxy = start_proxy(route={"fallback_model": "big"}, upstream={"n_mode": "parallel"})
+        proxy.upstream.script = lambda received: Reply(texts=("bad",), hold=received.number == 3)
+        floor = {"min_reward": 5, "on_reject": "fallback", "max_candidates": 4, "deadline_s": 2}
+        raw = ask(proxy, extra_body={"winnow": floor})
+        assert raw.parse().choices[0].message.content == "bad"
+        assert {received.body["model"] for received in proxy.upstream.received} == {"m"}
+        assert raw.headers["x-winnow-upstream-calls"] == "4"
+
     def test_how_long_the_fallback_model_takes_teaches_the_route_nothing(self, start_proxy: StartProxy) -> None:
         proxy = start_proxy(route={"fallback_model": "big"}, upstream={"n_mode": "parallel"})
         ask(proxy, extra_body={"winnow": {"min_reward": 5, "on_reject": "fallback"}})

@@ -12,16 +12,17 @@ class Sent(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.pieces: list[bytes] = []
+        self.closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.pieces.append(bytes(data))
 
     def is_closing(self) -> bool:
-        return False
+        return self.closing
 
 
-def writer() -> tuple[AnswerWriter, list[bytes]]:
-    sent = Sent()
+def writer(sent: Sent | None = None) -> tuple[AnswerWriter, list[bytes]]:
+    sent = sent or Sent()
     return AnswerWriter(cast(asyncio.Transport, sent), asyncio.get_running_loop(), close=lambda: None), sent.pieces
 
 
@@ -43,6 +44,16 @@ async def test_a_head_that_nothing_follows_does_not_wait() -> None:
     assert sent == [b"head"]
     answers.write(b"body")
     assert sent == [b"head", b"body"]
+
+
+async def test_a_head_is_dropped_where_the_client_has_hung_up() -> None:
+    transport = Sent()
+    answers, sent = writer(transport)
+    answers.begin()
+    answers.write(b"head")
+    transport.closing = True
+    await asyncio.sleep(0)
+    assert sent == []
 
 
 async def test_a_head_goes_before_what_is_written_beside_it() -> None:
