@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -49,7 +50,16 @@ def start_accelerator(options: StepOptions, *, frozen: bool = False) -> Accelera
     except ValueError as error:
         raise OptionsError(f"the launch cannot work: {error}") from error
     _check_launch(accelerator)
+    if accelerator.num_processes > 1 and device.type == "cpu":
+        # Left to the end of the process, gloo's threads may outlive what they work on, and abort it.
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
     return accelerator
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _computes_in_bf16(device: torch.device, *, frozen: bool) -> bool:
