@@ -139,7 +139,7 @@ class Drawer:
         num_begun = 0
         why_missing = DEADLINE_PASSED
         ends_at, outlasted = (None, deadline) if patience.outlasts_deadline else (deadline, None)
-        if _is_past(ends_at):
+        if is_past(ends_at):
             return Draw([draft.given_up(DEADLINE_PASSED) for draft in drafts], [], 0)
 
         def give_up() -> None:
@@ -177,7 +177,7 @@ class Drawer:
     async def _with_n(self, job: Job, count: int, first_index: int, deadline: float | None) -> Draw:
         body = _body(job, first_index, count)
         draft = Draft(first_index)
-        if _is_past(deadline):
+        if is_past(deadline):
             return replace(_failed_alike(draft.given_up(DEADLINE_PASSED), count, first_index), calls=[], num_calls=0)
         try:
             async with asyncio.timeout_at(deadline):
@@ -294,7 +294,8 @@ def _failed_alike(one: Candidate, count: int, first_index: int) -> Draw:
     return Draw([replace(one, index=first_index + offset) for offset in range(count)], [one.call], 1)
 
 
-def _is_past(deadline: float | None) -> bool:
+def is_past(deadline: float | None) -> bool:
+    """In the loop's time."""
     return deadline is not None and asyncio.get_running_loop().time() >= deadline
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from proxy.broadcast import Broadcast
 from proxy.candidates import Call, Draw, Judged
 from proxy.config import OnReject, RouteSettings
-from proxy.drawing import Drawer, Job
+from proxy.drawing import Drawer, Job, is_past
 from proxy.judging import Hearing, Judge
 from proxy.patience import Patience
 from proxy.prompts import PromptPart
@@ -139,7 +138,7 @@ class Contest:
 
     @property
     def drawing_is_over(self) -> bool:
-        return self._is_past(self.drawing_deadline)
+        return is_past(self.drawing_deadline)
 
     @property
     def deadline(self) -> float | None:
@@ -171,7 +170,7 @@ class Contest:
     async def _round(self, job: Job, count: int, patience: Patience) -> Sequence[Judged]:
         hearing, first_index, deadline = self.hearing, len(self.judged), self.drawing_deadline
         draw = await self.terms.drawer.draw(job, count, first_index, deadline, patience, hearing.arrived)
-        late = self.terms.outlasts_deadline and self._is_past(self.deadline)
+        late = self.terms.outlasts_deadline and is_past(self.deadline)
         verdict = await hearing.judge(draw.candidates, None if late else self.deadline)
         self.add(draw, verdict.judged, scored=verdict.scored)
         return verdict.judged
@@ -187,10 +186,6 @@ class Contest:
         if not selection.order:
             return rejected
         return Selection(tuple(before + position for position in selection.order), selection.accepted)
-
-    @staticmethod
-    def _is_past(deadline: float | None) -> bool:
-        return deadline is not None and asyncio.get_running_loop().time() >= deadline
 
     def _may_draw_more(self) -> bool:
         if self.terms.min_reward is None or len(self.judged) >= self.terms.ask.max_candidates:
